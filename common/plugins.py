@@ -1,0 +1,51 @@
+"""Plug-ins are found by file name: a module that defines one concrete subclass of the base is a plug-in named by its path.
+
+There is no registry and no list to edit. Adding a method, an op, a format or a runtime creates one file.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+from functools import cache
+from typing import TypeVar
+
+from .errors import PlanishError
+
+T = TypeVar("T")
+
+
+@cache
+def find(package: str, base: type[T]) -> dict[str, type[T]]:
+    """Plug-ins of `base` below `package`: {'quantize.static': Static}, names relative to the package, sorted.
+
+    A module counts when it defines, and does not merely import, exactly one concrete subclass of `base`.
+    Raises PlanishError for a module that defines two: then the file name would not say which is meant.
+    """
+    root = importlib.import_module(package)
+    found: dict[str, type[T]] = {}
+    for info in pkgutil.walk_packages(root.__path__, package + "."):
+        module = importlib.import_module(info.name)
+        own = [
+            value
+            for value in vars(module).values()
+            if inspect.isclass(value)
+            and issubclass(value, base)
+            and value.__module__ == info.name
+            and not inspect.isabstract(value)
+        ]
+        if len(own) > 1:
+            names = ", ".join(c.__name__ for c in own)
+            raise PlanishError(f"{info.name} defines {len(own)} plug-ins ({names}); a plug-in is one file")
+        if own:
+            found[info.name.removeprefix(package + ".")] = own[0]
+    return dict(sorted(found.items()))
+
+
+def get(package: str, base: type[T], name: str, kind: str) -> type[T]:
+    """The plug-in called `name`; PlanishError lists the accepted names. `kind` is the word for it in the message."""
+    found = find(package, base)
+    if name not in found:
+        raise PlanishError(f"unknown {kind} '{name}'; accepted: {', '.join(found)}")
+    return found[name]

@@ -1,0 +1,1 @@
+"""Compression: models, passes, recipes, and every method as one file."""

@@ -1,0 +1,92 @@
+"""`Data`: calibration, training or test samples by input name, checked before anything uses them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ..common.errors import PlanishError, listed
+from .model import Model
+
+
+@dataclass(frozen=True)
+class Data:
+    """Samples of a model's inputs, all with the same number of samples along the first dimension."""
+
+    inputs: Mapping[str, np.ndarray]
+    """(n, ...) by input name"""
+    labels: np.ndarray | None
+    """(n,) integer classes, None when unknown"""
+    source: str
+
+    @property
+    def n(self) -> int:
+        """Number of samples."""
+        return len(next(iter(self.inputs.values())))
+
+    def take(self, indices: slice | np.ndarray) -> Data:
+        """The chosen samples."""
+        labels = None if self.labels is None else self.labels[indices]
+        return Data({k: v[indices] for k, v in self.inputs.items()}, labels, self.source)
+
+    def sample(self, count: int, generator: torch.Generator) -> Data:
+        """`count` samples without repetition, drawn by `generator`; all of them when there are fewer."""
+        if count >= self.n:
+            return self
+        order = torch.randperm(self.n, generator=generator)[:count].sort().values.numpy()
+        return self.take(order)
+
+    def batches(self, model: Model, size: int) -> Iterator[tuple[torch.Tensor, ...]]:
+        """Input tensors in the model's order, `size` samples at a time (the model's own batch when that is fixed)."""
+        size = size if model.batched else model.inputs[0].shape[0]
+        for start in range(0, self.n - (0 if model.batched else self.n % size), size):
+            yield tuple(
+                torch.from_numpy(np.ascontiguousarray(self.inputs[i.name][start : start + size])).to(i.dtype)
+                for i in model.inputs
+            )
+
+
+def check(data: Data, model: Model) -> Data:
+    """The data with inputs in the model's order. Raises PlanishError for what does not fit the model or is not finite."""
+    wanted = [i.name for i in model.inputs]
+    missing = [n for n in wanted if n not in data.inputs]
+    extra = [n for n in data.inputs if n not in wanted]
+    if missing or extra:
+        raise PlanishError(
+            f"data '{data.source}' has the keys {listed(data.inputs, 6)}; the model's inputs are {listed(wanted, 6)}"
+            " (and 'labels' for the classes)"
+        )
+    counts = {n: len(data.inputs[n]) for n in wanted}
+    if min(counts.values()) == 0:
+        raise PlanishError(f"data '{data.source}' is empty: 0 samples of '{wanted[0]}'")
+    if len(set(counts.values())) > 1:
+        raise PlanishError(f"data '{data.source}' has different numbers of samples: {counts}")
+    for item in model.inputs:
+        array = data.inputs[item.name]
+        if array.shape[1:] != item.shape[1:]:
+            found, accepted = ("n", *array.shape[1:]), ("n", *item.shape[1:])
+            raise PlanishError(
+                f"data '{data.source}': '{item.name}' has shape {_dims(found)}; the model takes {_dims(accepted)}"
+            )
+        wanted_kind = "f" if item.dtype.is_floating_point else "iu"
+        if array.dtype.kind not in wanted_kind:
+            raise PlanishError(
+                f"data '{data.source}': '{item.name}' has dtype {array.dtype}; the model takes {item.dtype}".replace(
+                    "torch.", ""
+                )
+            )
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            bad = np.argwhere(~np.isfinite(array))
+            raise PlanishError(
+                f"data '{data.source}': '{item.name}' has {len(bad)} NaN or Inf values, the first in sample {bad[0][0]}"
+            )
+    if data.labels is not None and len(data.labels) != data.n:
+        raise PlanishError(f"data '{data.source}': {len(data.labels)} labels for {data.n} samples")
+    return Data({n: data.inputs[n] for n in wanted}, data.labels, data.source)
+
+
+def _dims(shape: tuple[object, ...]) -> str:
+    return "(" + ", ".join(str(d) for d in shape) + ")"

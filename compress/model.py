@@ -1,0 +1,180 @@
+"""`Model`: the one form in which every checkpoint travels through the passes.
+
+Whatever the user brings (a module with weights, a .pt2 program, an ONNX file) is traced to a flat graph of ATen ops
+with its parameters attached. The graph needs none of the user's code, can be trained, rewritten and exported again.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..common.errors import PlanishError, listed
+
+
+@dataclass(frozen=True)
+class Input:
+    """One input tensor of a model."""
+
+    name: str
+    shape: tuple[int, ...]
+    """of one sample batch; the first dimension is the batch when `Model.batched`"""
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of the receipt: what happened to one tensor, and why."""
+
+    tensor: str
+    """parameter name or 'activation of <layer>'"""
+    action: str
+    """quantized, pruned, folded or left"""
+    reason: str
+    """for a tensor that was left: why; else the method"""
+    before_bytes: int
+    after_bytes: int
+    error: float | None = None
+    """relative error |after - before| / |before| of the tensor (Frobenius norm), where it is defined"""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A traced model: ATen graph, inputs, and the receipt of what was done to it so far. Passes return a new one."""
+
+    graph: torch.fx.GraphModule
+    """flat ATen ops from torch.export, in eval mode; parameters and buffers keep the names of the original checkpoint"""
+    inputs: tuple[Input, ...]
+    batched: bool
+    """whether the first dimension of every input and output is a batch of any size"""
+    source: str
+    """what the user named, for messages and the manifest"""
+    receipt: tuple[Entry, ...] = ()
+
+    def __call__(self, *args: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        """Outputs for input tensors in the order of `inputs`."""
+        return self.graph(*args)
+
+    def copy(self) -> Model:
+        """The same model with parameters and graph of its own, so that a pass may change them."""
+        return replace(self, graph=copy.deepcopy(self.graph))
+
+    def with_receipt(self, *entries: Entry) -> Model:
+        """The same model with more lines in its receipt."""
+        return replace(self, receipt=self.receipt + entries)
+
+    def example(self, batch: int = 2) -> tuple[torch.Tensor, ...]:
+        """Zeros of the input shapes, for tracing."""
+        return tuple(
+            torch.zeros((batch, *i.shape[1:]) if self.batched else i.shape, dtype=i.dtype) for i in self.inputs
+        )
+
+    def program(self) -> torch.export.ExportedProgram:
+        """The model as a torch.export program, batch-dynamic when `batched`."""
+        dynamic: Any = None
+        if self.batched:
+            batch = torch.export.Dim("batch", min=1)
+            dynamic = {i.name: {0: batch} for i in self.inputs}
+        return torch.export.export(self.graph, self.example(), dynamic_shapes=dynamic)
+
+    def parameters(self) -> int:
+        """Number of weight elements: floating parameters, and the codes of quantized ones."""
+        return sum(t.numel() for t in weights(self.graph).values())
+
+    def bytes(self) -> int:
+        """Bytes of all parameters and buffers as stored."""
+        tensors = dict(self.graph.named_parameters()) | dict(self.graph.named_buffers())
+        return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+def weights(graph: torch.fx.GraphModule) -> dict[str, torch.Tensor]:
+    """Learned tensors by name: parameters, and after quantization the buffers that hold their codes."""
+    found: dict[str, torch.Tensor] = dict(graph.named_parameters())
+    found |= {n: b for n, b in graph.named_buffers() if n.endswith(".codes")}
+    return found
+
+
+def trace(module: torch.nn.Module, inputs: Mapping[str, torch.Tensor], source: str) -> Model:
+    """Trace a module to a `Model`.
+
+    `inputs` are example tensors by argument name, in order; their first dimension is taken as the batch and made
+    dynamic; a model that fixes its batch is traced with the given one. Raises PlanishError for a model that
+    torch.export cannot trace and for outputs that are not tensors.
+    """
+    module = module.eval()
+    names = tuple(inputs)
+    args = tuple(inputs.values())
+    batch = {x.shape[0] for x in args if x.ndim}
+    candidates = [False]
+    if len(batch) == 1 and all(x.ndim > 0 for x in args):
+        candidates = [True, False]
+    failure: Exception | None = None
+    for batched in candidates:
+        example = tuple(torch.cat([x[:1], x[:1]]) for x in args) if batched else args
+        dynamic = tuple({0: torch.export.Dim("batch", min=1)} for _ in args) if batched else None
+        try:
+            program = torch.export.export(module, example, dynamic_shapes=dynamic)
+        except Exception as error:  # torch.export raises many unrelated types for a model that it cannot trace
+            failure = error
+            continue
+        return from_program(program, names, source)
+    raise PlanishError(f"'{source}' cannot be traced by torch.export: {_first_line(failure)}")
+
+
+def from_program(program: torch.export.ExportedProgram, names: tuple[str, ...] | None, source: str) -> Model:
+    """A `Model` from a torch.export program. `names` replaces the input names; raises PlanishError as `trace` does."""
+    specs = program.graph_signature.output_specs
+    kinds = [s for s in specs if s.kind is torch.export.graph_signature.OutputKind.USER_OUTPUT]
+    other = [type(s.arg).__name__ for s in kinds if not isinstance(s.arg, torch.export.graph_signature.TensorArgument)]
+    if other:
+        raise PlanishError(f"'{source}' returns {listed(other)}; every output must be a tensor")
+    user = [n for n in program.graph.nodes if n.op == "placeholder" and n.name in program.graph_signature.user_inputs]
+    if names is not None and len(names) != len(user):
+        raise PlanishError(f"'{source}' takes {len(user)} inputs; {len(names)} were given: {listed(names)}")
+    found: list[Input] = []
+    dynamic = []
+    for index, node in enumerate(user):
+        value = node.meta.get("val")
+        if not isinstance(value, torch.Tensor):
+            raise PlanishError(f"input '{node.name}' of '{source}' is not a tensor")
+        dynamic.append(value.ndim > 0 and not isinstance(value.shape[0], int))
+        shape = tuple(d if isinstance(d, int) else 1 for d in value.shape)
+        found.append(Input(names[index] if names else node.name, shape, value.dtype))
+    graph = program.module(check_guards=False)
+    assert isinstance(graph, torch.fx.GraphModule)
+    model = Model(graph, tuple(found), bool(dynamic) and all(dynamic), source)
+    return rename_inputs(model)
+
+
+def rename_inputs(model: Model) -> Model:
+    """Make the graph's placeholders carry the input names, so that a saved program and an ONNX file show them."""
+    nodes = [n for n in model.graph.graph.nodes if n.op == "placeholder"]
+    for node, item in zip(nodes, model.inputs, strict=True):
+        node.name = node.target = item.name
+    info = model.graph.graph._codegen
+    if isinstance(info, torch.fx.graph._PyTreeCodeGen):
+        info.pytree_info = info.pytree_info._replace(orig_args=[i.name for i in model.inputs])
+    model.graph.recompile()
+    return model
+
+
+def output_names(model: Model) -> tuple[str, ...]:
+    """Names of the outputs: 'output', or 'output_0', 'output_1', ... when there are several."""
+    node = next(n for n in model.graph.graph.nodes if n.op == "output")
+    flat = torch.utils._pytree.tree_leaves(node.args)
+    return ("output",) if len(flat) == 1 else tuple(f"output_{i}" for i in range(len(flat)))
+
+
+def as_tensors(model: Model, arrays: Mapping[str, np.ndarray]) -> tuple[torch.Tensor, ...]:
+    """Input tensors in the model's order from arrays by name."""
+    return tuple(torch.from_numpy(np.ascontiguousarray(arrays[i.name])).to(i.dtype) for i in model.inputs)
+
+
+def _first_line(error: Exception | None) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:300]

@@ -1,0 +1,48 @@
+"""`Pass`: one compression method. A frozen, validated config whose fields are its only configuration, with `apply`."""
+
+from __future__ import annotations
+
+import abc
+import fnmatch
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pydantic
+import torch
+
+from ..targets.target import Target
+from .data import Data
+from .model import Model
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a pass is given besides the model: the original, data, the device, and the only source of randomness."""
+
+    original: Model
+    """the uncompressed model, which distillation takes as teacher"""
+    data: Data | None
+    """calibration and training samples; None when the user gave none"""
+    target: Target
+    generator: torch.Generator
+
+
+class Pass(pydantic.BaseModel, abc.ABC):
+    """A compression method. Its name in a recipe is its file's path below compress/, e.g. `quantize.static`."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    needs_data: ClassVar[bool] = False
+    """whether `apply` fails without calibration data; checked before any work starts"""
+    trains: ClassVar[bool] = False
+    """whether the data is used for training, so that accuracy must be measured on samples held out"""
+
+    @abc.abstractmethod
+    def apply(self, model: Model, context: Context) -> Model:
+        """The compressed model; the one given is not changed. Same inputs and generator state, same result."""
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a layer name matches one of the globs (`layer1.*`, `*conv*`)."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)

@@ -1,0 +1,1 @@
+"""Artifacts for devices: one format a file."""

@@ -1,0 +1,56 @@
+"""`Format`: one way to write an artifact. One file of this folder a format; its name is the file's."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from ..targets.target import Target
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is exported: the model as ONNX, and samples to prove the result with."""
+
+    onnx: onnx.ModelProto
+    """float or QDQ, batch-dynamic where the model is"""
+    golden_inputs: Mapping[str, np.ndarray]
+    """(n, ...) by input name"""
+    name: str
+    """used for generated identifiers and file names: letters, digits, underscore"""
+    program: Path | None = None
+    """the compressed model's .pt2, when the source is one"""
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a format wrote into its folder, for the manifest."""
+
+    inputs: list[dict[str, Any]]
+    """{name, shape, dtype} each; integer inputs also scale, zero_point, layout"""
+    outputs: list[dict[str, Any]]
+    flash_bytes: int | None = None
+    """bytes of code and constants on the device"""
+    ram_bytes: int | None = None
+    """bytes of working memory on the device"""
+    details: Mapping[str, Any] = field(default_factory=dict)
+    """format-specific facts: memory plan, toolchain, fused layers, schedule, numeric bound"""
+    warnings: tuple[str, ...] = ()
+
+
+class Format(abc.ABC):
+    """Writes an artifact's files. The pipeline adds manifest.json and golden.safetensors."""
+
+    @abc.abstractmethod
+    def write(self, source: Source, target: Target, folder: Path) -> Written:
+        """Write the files into `folder` (empty, temporary). Same source and target: the same bytes.
+
+        Raises PlanishError for an op that the format does not know (naming the node and listing the ops) and for a
+        model that is too large for the target.
+        """

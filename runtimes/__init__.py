@@ -1,0 +1,1 @@
+"""Running and measuring artifacts: one runtime a file."""
