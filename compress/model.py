@@ -145,22 +145,27 @@ def from_program(program: torch.export.ExportedProgram, names: tuple[str, ...] |
         dynamic.append(value.ndim > 0 and not isinstance(value.shape[0], int))
         shape = tuple(d if isinstance(d, int) else 1 for d in value.shape)
         found.append(Input(names[index] if names else node.name, shape, value.dtype))
-    graph = program.module(check_guards=False)
-    assert isinstance(graph, torch.fx.GraphModule)
-    model = Model(graph, tuple(found), bool(dynamic) and all(dynamic), source)
-    return rename_inputs(model)
-
-
-def rename_inputs(model: Model) -> Model:
-    """Make the graph's placeholders carry the input names, so that a saved program and an ONNX file show them."""
-    nodes = [n for n in model.graph.graph.nodes if n.op == "placeholder"]
-    for node, item in zip(nodes, model.inputs, strict=True):
-        node.name = node.target = item.name
-    info = model.graph.graph._codegen
-    if isinstance(info, torch.fx.graph._PyTreeCodeGen):
-        info.pytree_info = info.pytree_info._replace(orig_args=[i.name for i in model.inputs])
-    model.graph.recompile()
+    model = Model(_flat(program, [i.name for i in found]), tuple(found), bool(dynamic) and all(dynamic), source)
     return model
+
+
+def _flat(program: torch.export.ExportedProgram, names: list[str]) -> torch.fx.GraphModule:
+    """The program's graph as a module of its own: tensors in by position, one tensor or a tuple out, and no hooks."""
+    module = program.module(check_guards=False)
+    assert isinstance(module, torch.fx.GraphModule)
+    graph = module.graph
+    graph.set_codegen(torch.fx.graph.CodeGen())
+    placeholders = [n for n in graph.nodes if n.op == "placeholder"]
+    taken = {n.name for n in graph.nodes if n.op != "placeholder"}
+    for node, name in zip(placeholders, names, strict=True):
+        for other in graph.nodes:
+            if name in taken and other.name == name:
+                other.name = f"{name}_node"
+        node.name = node.target = name
+    output = next(n for n in graph.nodes if n.op == "output")
+    leaves = tuple(torch.utils._pytree.tree_leaves(output.args))
+    output.args = (leaves[0],) if len(leaves) == 1 else (leaves,)
+    return torch.fx.GraphModule(module, graph)
 
 
 def output_names(model: Model) -> tuple[str, ...]:
