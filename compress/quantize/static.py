@@ -1,0 +1,437 @@
+"""Static post-training quantization to int8: quantize/dequantize pairs around the ops that run in integers.
+
+Weights are symmetric per output channel, activations affine per tensor in uint8 codes with ranges from calibration
+data, biases int32 with scale = input scale * weight scale (Jacob et al. 2018, section 2; Krishnamoorthi 2018). Rounding
+moves a layer's mean output; bias correction subtracts that shift per channel (Nagel et al. 2019, section 4.2, with
+the expectation taken over the calibration data).
+
+Where pairs go. An op of COMPUTE or TABLE has its inputs quantized and its output quantized, after a ReLU or clip that
+follows it alone, which then costs nothing: the output's range is the clip. Ops of TRANSPORT only move or select values, so
+their output keeps the codes, the scale and the zero point of their input, and they run on integers unchanged. A tensor
+that an unknown op makes stays float and is named in the receipt.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pydantic
+import torch
+from torch.fx import GraphModule, Node
+
+from ...common.progress import track
+from ...kernels import affine
+from ..fold import canonicalize, fold_batch_norm
+from ..graph import is_constant, layer_of, read, set_buffer, set_parameter
+from ..model import Entry, Model
+from ..passes import Context, Pass, matches
+from .observers import Batches, Observer, Statistics, choose, collect, watch
+
+aten = torch.ops.aten
+
+WEIGHTED = (aten.conv1d.default, aten.conv2d.default, aten.linear.default)
+COMPUTE = (
+    *WEIGHTED,
+    aten.add.Tensor,
+    aten.mul.Tensor,
+    aten.cat.default,
+    aten.avg_pool2d.default,
+    aten.adaptive_avg_pool2d.default,
+)
+TABLE = (
+    aten.sigmoid.default,
+    aten.tanh.default,
+    aten.hardswish.default,
+    aten.hardsigmoid.default,
+    aten.leaky_relu.default,
+    aten.elu.default,
+    aten.softmax.int,
+)
+CLIP = (aten.relu.default, aten.relu6.default, aten.hardtanh.default, aten.clamp.default)
+TRANSPORT = (
+    aten.view.default,
+    aten.reshape.default,
+    aten.flatten.using_ints,
+    aten.unflatten.int,
+    aten.squeeze.dim,
+    aten.unsqueeze.default,
+    aten.permute.default,
+    aten.transpose.int,
+    aten.slice.Tensor,
+    aten.pad.default,
+    aten.constant_pad_nd.default,
+    aten.max_pool2d.default,
+)
+LEVELS = 256
+ACTIVATION_DTYPE = torch.uint8
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Scale and zero point of one quantized activation, shared by the tensors that only move its values."""
+
+    owner: Node
+    scale: torch.Tensor
+    zero_point: torch.Tensor
+
+
+class Static(Pass):
+    """Post-training static quantization: 8-bit weights and activations, integer arithmetic throughout."""
+
+    needs_data: ClassVar[bool] = True
+
+    observer: Observer = "mse"
+    """how an activation's range is chosen from the calibration data"""
+    percentile: float = pydantic.Field(default=99.99, gt=50, le=100)
+    """for observer 'percentile': the share of values, in percent, that each end of the range keeps"""
+    weight_observer: Observer = "minmax"
+    """how a weight channel's range is chosen: minmax or mse"""
+    samples: int = pydantic.Field(default=512, ge=1)
+    """calibration samples, drawn from the data by the recipe's seed"""
+    bias_correction: bool = True
+    skip: tuple[str, ...] = ()
+    """layers left in float: globs of layer names"""
+
+    @pydantic.field_validator("weight_observer")
+    @classmethod
+    def _no_weight_percentile(cls, value: Observer) -> Observer:
+        if value == "percentile":
+            raise ValueError("a weight's range is chosen by 'minmax' or 'mse'")
+        return value
+
+    def apply(self, model: Model, context: Context) -> Model:
+        """Quantize a float model. Needs calibration data; see the module's text for what becomes integer."""
+        assert context.data is not None  # the pipeline has checked needs_data
+        data = context.data.sample(self.samples, context.generator)
+
+        def batches() -> list[tuple[torch.Tensor, ...]]:
+            return list(data.batches(model, 64))
+
+        model = fold_batch_norm(canonicalize(model))
+        module = model.graph
+        plan = _Plan(module, self.skip)
+        entries: list[Entry] = [*plan.left]
+        quantized = self._weights(module, plan, entries)
+        if self.bias_correction:
+            _correct_biases(module, quantized, batches)
+        parameters = self._activations(module, plan, batches)
+        _insert_pairs(module, plan, parameters)
+        _quantize_biases(module, quantized, parameters, entries)
+        for node in plan.own:
+            entries.append(_activation_entry(node, parameters[node], self.observer))
+        module.graph.eliminate_dead_code()
+        module.recompile()
+        _drop_unused(module)
+        return model.with_receipt(*entries)
+
+    def _weights(self, module: GraphModule, plan: _Plan, entries: list[Entry]) -> dict[Node, Weight]:
+        """Codes of every weight that runs in integers, by the node that uses it; the graph reads the dequantized codes."""
+        found: dict[Node, Weight] = {}
+        for node in track([n for n in plan.compute if n.target in WEIGHTED], "quantizing weights"):
+            source = node.args[1]
+            assert isinstance(source, Node)
+            value = read(module, source).float()  # (out, ...)
+            scale = _weight_scale(value, self.weight_observer)  # (out,)
+            zero = torch.zeros(len(scale), dtype=torch.int8)
+            codes = affine.quantize(value, scale, zero, 0, -127, 127, torch.int8)
+            name = str(source.target)
+            with module.graph.inserting_before(node):
+                parts = [
+                    set_buffer(module, f"{name}_{part}", t)
+                    for part, t in (("codes", codes), ("scale", scale), ("zero_point", zero))
+                ]
+                restored = module.graph.call_function(torch.ops.planish.dequantize.default, (*parts, 0))
+            restored.meta["val"] = value
+            node.update_arg(1, restored)
+            real = affine.dequantize(codes, scale, zero, 0)
+            found[node] = Weight(value, real, scale)
+            error = float((real - value).norm() / value.norm().clamp_min(1e-30))
+            before = 4 * value.numel()
+            entries.append(
+                Entry(name, "quantized", "int8 symmetric per channel", before, value.numel() + 5 * len(scale), error)
+            )
+        return found
+
+    def _activations(self, module: GraphModule, plan: _Plan, batches: Batches) -> dict[Node, Parameters]:
+        """Scale and zero point for every activation that the plan quantizes; transported tensors share their source's."""
+        steps = list(track(batches(), "calibrating"))
+        stats = collect(module, plan.own, lambda: steps, self.observer != "minmax")
+        found = {n: Parameters(n, *_affine(*self._range(n, stats[n]))) for n in plan.own}
+        for node, source in plan.shared.items():
+            found[node] = found[source]
+        return found
+
+    def _range(self, node: Node, stats: Statistics) -> tuple[float, float]:
+        return choose(stats, self.observer, self.percentile, LEVELS)
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A quantized weight: the original, what the codes stand for, and the scale per channel (out,)."""
+
+    original: torch.Tensor
+    restored: torch.Tensor
+    scale: torch.Tensor
+
+
+class _Plan:
+    """Which nodes run in integers and which tensors carry a quantize/dequantize pair."""
+
+    def __init__(self, module: GraphModule, skip: tuple[str, ...]) -> None:
+        self.compute: list[Node] = []
+        """nodes that run in integers"""
+        self.own: list[Node] = []
+        """tensors with a scale and zero point of their own, in graph order"""
+        self.shared: dict[Node, Node] = {}
+        """transported tensors -> the tensor in `own` whose parameters they share"""
+        self.left: list[Entry] = []
+        """receipt lines for what stays float"""
+        nodes = list(module.graph.nodes)
+        wanted: set[Node] = set()
+        for node in nodes:
+            if node.op != "call_function" or not _has_tensor(node) or node.target in (*CLIP, *TRANSPORT):
+                continue
+            if not _runs_in_integers(node):
+                self._leave(module, node, f"{node.target} has no integer form here")
+            elif matches(layer_of(node), skip):
+                self._leave(module, node, "skipped by the recipe")
+            else:
+                self.compute.append(node)
+                wanted.add(self._after_clip(node))
+                for source in node.all_input_nodes:
+                    self._want(source, wanted)
+        self._place(nodes, wanted)
+
+    def _want(self, node: Node, wanted: set[Node]) -> None:
+        """Ask for integer codes of `node`, and of what it moves, so that the move itself runs on codes."""
+        while not is_constant(node) and _is_float(node) and node not in wanted:
+            wanted.add(node)
+            if node.target not in TRANSPORT or not _exact_transport(node) or not isinstance(node.args[0], Node):
+                return
+            node = node.args[0]
+
+    def _leave(self, module: GraphModule, node: Node, reason: str) -> None:
+        constants = [a for a in node.all_input_nodes if is_constant(a)]
+        for constant in constants:
+            size = read(module, constant).numel() * read(module, constant).element_size()
+            self.left.append(Entry(str(constant.target), "left", reason, size, size))
+        if not constants:
+            self.left.append(Entry(f"activation of {layer_of(node)}", "left", reason, 0, 0))
+
+    @staticmethod
+    def _after_clip(node: Node) -> Node:
+        """The tensor that is quantized for `node`: its clip's output when a clip alone reads it, else its own."""
+        users = list(node.users)
+        if len(users) == 1 and users[0].target in CLIP:
+            return users[0]
+        return node
+
+    def _place(self, nodes: list[Node], wanted: set[Node]) -> None:
+        """Decide owners: walk forward; a transport of an owned tensor shares, all else that is wanted owns."""
+        quantized: dict[Node, Node] = {}
+        for node in nodes:
+            if not _is_float(node) or is_constant(node):
+                continue
+            source = node.args[0] if node.op == "call_function" and node.target in TRANSPORT else None
+            if isinstance(source, Node) and source in quantized and _exact_transport(node):
+                if _only_pads_convolutions(node):
+                    continue
+                quantized[node] = self.shared[node] = quantized[source]
+            elif node in wanted or (node.target in CLIP and node.args[0] in quantized):
+                quantized[node] = node
+                self.own.append(node)
+
+
+def _runs_in_integers(node: Node) -> bool:
+    if node.op != "call_function" or node.target not in (*COMPUTE, *TABLE):
+        return False
+    if node.target in WEIGHTED:
+        return is_constant(node.args[1]) and (len(node.args) < 3 or node.args[2] is None or is_constant(node.args[2]))
+    if node.target in (aten.add.Tensor, aten.mul.Tensor):
+        plain = node.kwargs.get("alpha", 1) == 1
+        return plain and all(isinstance(a, Node) and not is_constant(a) and _is_float(a) for a in node.args[:2])
+    if node.target is aten.adaptive_avg_pool2d.default:
+        return list(node.args[1]) == [1, 1]  # pyright: ignore[reportArgumentType]
+    return True
+
+
+def _exact_transport(node: Node) -> bool:
+    """Pads must insert zero, which every affine code represents exactly; other fill values are not moved codes."""
+    if node.target is aten.pad.default:
+        mode = node.args[2] if len(node.args) > 2 else "constant"
+        value = node.args[3] if len(node.args) > 3 else node.kwargs.get("value")
+        return mode == "constant" and value in (None, 0, 0.0)
+    if node.target is aten.constant_pad_nd.default:
+        return (node.args[2] if len(node.args) > 2 else 0) == 0
+    return True
+
+
+def _only_pads_convolutions(node: Node) -> bool:
+    """A spatial zero pad that only convolutions read becomes their own padding at export, so it carries no pair."""
+    if node.target not in (aten.pad.default, aten.constant_pad_nd.default) or not _exact_transport(node):
+        return False
+    amounts = list(node.args[1])  # pyright: ignore[reportArgumentType]
+    return not any(amounts[4:]) and all(u.target is aten.conv2d.default for u in node.users)
+
+
+def _has_tensor(node: Node) -> bool:
+    return isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def _is_float(node: Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
+def _weight_scale(weight: torch.Tensor, observer: Observer) -> torch.Tensor:
+    """(out,) scales so that codes span -127..127; 'mse' tries smaller ranges per channel. All-zero channels get 1."""
+    flat = weight.reshape(len(weight), -1)  # (out, n)
+    peak = flat.abs().amax(1)  # (out,)
+    best = torch.where(peak > 0, peak, torch.ones_like(peak) * 127) / 127
+    if observer == "mse":
+        least = torch.full_like(best, float("inf"))
+        full = best.clone()
+        for factor in torch.linspace(0.5, 1.0, 51):
+            scale = full * factor
+            codes = torch.clamp(torch.round(flat / scale[:, None]), -127, 127)
+            error = ((codes * scale[:, None] - flat) ** 2).sum(1)
+            better = error < least
+            least, best = torch.where(better, error, least), torch.where(better, scale, best)
+    return best
+
+
+def _affine(low: float, high: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale (float32 scalar) and zero point (uint8 scalar) of a range that contains 0."""
+    if high == low:
+        return torch.tensor(1.0), torch.tensor(0, dtype=ACTIVATION_DTYPE)
+    scale = torch.tensor((high - low) / (LEVELS - 1), dtype=torch.float32).clamp_min(torch.finfo(torch.float32).tiny)
+    zero = round(-low / float(scale))
+    return scale, torch.tensor(min(max(zero, 0), LEVELS - 1), dtype=ACTIVATION_DTYPE)
+
+
+def _correct_biases(module: GraphModule, weights: dict[Node, Weight], batches: Batches) -> None:
+    """Add to each bias the mean per channel of what weight rounding takes away, over the float activations."""
+    total: dict[Node, torch.Tensor] = {}
+    count: dict[Node, int] = {}
+    inputs: dict[Node, list[Node]] = {}
+    for node in weights:
+        inputs.setdefault(node.args[0], []).append(node)  # pyright: ignore[reportArgumentType]
+
+    def see(source: Node, value: torch.Tensor) -> None:
+        for node in inputs[source]:
+            weight = weights[node]
+            rest = node.args[3:] if len(node.args) > 3 else ()
+            lost = node.target(value, weight.original - weight.restored, None, *rest)  # pyright: ignore[reportCallIssue]
+            axes = [d for d in range(lost.ndim) if d != (lost.ndim - 1 if node.target is aten.linear.default else 1)]
+            total[node] = total.get(node, torch.zeros(len(weight.scale))) + lost.sum(axes)
+            count[node] = count.get(node, 0) + lost.numel() // len(weight.scale)
+
+    # the graph already reads restored weights; the float activations come from the original ones
+    for node, weight in weights.items():
+        _swap(module, node, weight.original)
+    watch(module, inputs, track(batches(), "correcting biases"), see)
+    for node, weight in weights.items():
+        _swap(module, node, None)
+        old = node.args[2] if len(node.args) > 2 else None
+        shift = (total[node] / count[node]).detach()
+        bias = shift + (read(module, old) if isinstance(old, Node) else 0)
+        with module.graph.inserting_before(node):
+            new = set_parameter(module, f"{layer_of(node)}.bias", bias)
+        _set_bias(node, new)
+
+
+_ORIGINALS = "_planish_original"
+
+
+def _swap(module: GraphModule, node: Node, value: torch.Tensor | None) -> None:
+    """Let `node` read `value` instead of its dequantized weight, or (None) read the dequantized weight again."""
+    name = f"{_ORIGINALS}_{node.name}"
+    if value is not None:
+        with module.graph.inserting_before(node):
+            plain = set_buffer(module, name, value)
+        plain.meta["restored"] = node.args[1]
+        node.update_arg(1, plain)
+        return
+    plain = node.args[1]
+    assert isinstance(plain, Node)
+    node.update_arg(1, plain.meta["restored"])
+    module.graph.erase_node(plain)
+    delattr(module, name)
+
+
+def _set_bias(node: Node, bias: Node) -> None:
+    if len(node.args) > 2:
+        node.update_arg(2, bias)
+    else:
+        node.args = (*node.args, bias)
+
+
+def _insert_pairs(module: GraphModule, plan: _Plan, parameters: dict[Node, Parameters]) -> None:
+    """quantize -> dequantize behind every tensor of the plan; every reader then reads the dequantized tensor."""
+    graph = module.graph
+    for node, p in parameters.items():
+        readers = list(node.users)
+        anchor = node.next
+        while anchor.op == "placeholder":
+            anchor = anchor.next
+        with graph.inserting_before(anchor):
+            name = f"activations.{p.owner.name}"
+            scale = set_buffer(module, f"{name}.scale", p.scale)
+            zero = set_buffer(module, f"{name}.zero_point", p.zero_point)
+            codes = graph.call_function(
+                torch.ops.planish.quantize.default, (node, scale, zero, 0, 0, LEVELS - 1, ACTIVATION_DTYPE)
+            )
+            restored = graph.call_function(torch.ops.planish.dequantize.default, (codes, scale, zero, 0))
+        restored.meta["val"] = node.meta["val"]
+        restored.meta["parameters"] = p
+        for reader in readers:
+            reader.replace_input_with(node, restored)
+
+
+def _quantize_biases(
+    module: GraphModule, weights: dict[Node, Weight], parameters: dict[Node, Parameters], entries: list[Entry]
+) -> None:
+    """int32 codes with scale = input scale * weight scale, so that they add to the accumulator as they are."""
+    for node, weight in weights.items():
+        bias = node.args[2] if len(node.args) > 2 else None
+        if not isinstance(bias, Node):
+            continue
+        value = read(module, bias)  # (out,)
+        scale = _input_scale(node) * weight.scale  # (out,)
+        zero = torch.zeros(len(scale), dtype=torch.int32)
+        real = torch.round(value.double() / scale.double()).clamp(-(2**31), 2**31 - 1)
+        codes = real.to(torch.int32)
+        name = str(bias.target)
+        with module.graph.inserting_before(node):
+            parts = [
+                set_buffer(module, f"{name}_{part}", t)
+                for part, t in (("codes", codes), ("scale", scale), ("zero_point", zero))
+            ]
+            restored = module.graph.call_function(torch.ops.planish.dequantize.default, (*parts, 0))
+        restored.meta["val"] = value
+        node.update_arg(2, restored)
+        entries.append(Entry(name, "quantized", "int32 at the accumulator's scale", 4 * len(scale), 4 * len(scale)))
+
+
+def _input_scale(node: Node) -> torch.Tensor:
+    """Scale of the activation that a weighted node reads (through a pad that became its own, if there is one)."""
+    source = node.args[0]
+    while isinstance(source, Node) and "parameters" not in source.meta:
+        source = source.args[0]
+    assert isinstance(source, Node)
+    return source.meta["parameters"].scale
+
+
+def _activation_entry(node: Node, p: Parameters, observer: str) -> Entry:
+    reason = f"uint8 by {observer}, scale {float(p.scale):.6g}, zero point {int(p.zero_point)}"
+    name = node.name if node.op == "placeholder" else f"activation of {layer_of(node)}"
+    return Entry(name, "quantized", reason, 4 * node.meta["val"][:1].numel(), node.meta["val"][:1].numel())
+
+
+def _drop_unused(module: GraphModule) -> None:
+    used = {n.target for n in module.graph.nodes if n.op == "get_attr"}
+    for name in [n for n, _ in [*module.named_parameters(), *module.named_buffers()]]:
+        if name not in used:
+            owner, _, leaf = name.rpartition(".")
+            delattr(module.get_submodule(owner), leaf)

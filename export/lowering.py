@@ -1,0 +1,201 @@
+"""From a traced model to ONNX: the form that every export format starts from.
+
+torch.onnx writes the ATen ops; planish::quantize and planish::dequantize become QuantizeLinear and DequantizeLinear. Then a
+few exact rewrites bring the graph into the form that runtimes fuse:
+
+- a mean over height and width is GlobalAveragePool, which has an integer kernel where ReduceMean has none;
+- an op that only moves or selects values (Slice, Pad, Reshape, Transpose, MaxPool, ...) between a dequantize and a
+  quantize with equal parameters runs on the codes themselves;
+- a zero pad in front of a convolution is the convolution's own padding.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+
+import numpy as np
+import onnx
+import torch
+from onnx import helper, numpy_helper
+from onnxscript import opset21
+
+from ..common.errors import PlanishError
+from ..compress.model import Model, output_names
+
+OPSET = 21
+MOVES = ("Slice", "Pad", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "MaxPool")
+
+
+def _quantize(x, scale, zero_point, axis, quant_min, quant_max, dtype):  # noqa: ANN001, ANN202 - traced by onnxscript
+    return opset21.QuantizeLinear(x, scale, zero_point, axis=axis)
+
+
+def _dequantize(q, scale, zero_point, axis):  # noqa: ANN001, ANN202 - traced by onnxscript
+    return opset21.DequantizeLinear(q, scale, zero_point, axis=axis)
+
+
+def to_onnx(model: Model) -> onnx.ModelProto:
+    """The model as ONNX (opset 21), batch-dynamic where the model is; equal models give equal bytes.
+
+    Raises PlanishError for an op that torch.onnx does not know, naming it.
+    """
+    table = {torch.ops.planish.quantize.default: _quantize, torch.ops.planish.dequantize.default: _dequantize}
+    with _quiet():
+        try:
+            program = torch.onnx.export(
+                model.program(),
+                (),
+                dynamo=True,
+                opset_version=OPSET,
+                optimize=True,
+                verbose=False,
+                custom_translation_table=table,
+                input_names=[i.name for i in model.inputs],
+                output_names=list(output_names(model)),
+            )
+        except torch.onnx.OnnxExporterError as error:
+            cause = error.__cause__ or error
+            raise PlanishError(
+                f"'{model.source}' cannot be written as ONNX: {str(cause).strip().splitlines()[0]}"
+            ) from error
+    assert program is not None
+    proto = program.model_proto
+    graph = _Graph(proto)
+    graph.global_means()
+    graph.moves_on_codes()
+    graph.pads_into_convolutions()
+    graph.drop_unused()
+    _strip(proto)
+    return proto
+
+
+class _Graph:
+    """The rewrites, over an index of who makes and who reads each value."""
+
+    def __init__(self, proto: onnx.ModelProto) -> None:
+        self.graph = proto.graph
+        self.constants = {i.name: numpy_helper.to_array(i) for i in proto.graph.initializer}
+        self._index()
+
+    def _index(self) -> None:
+        self.maker = {o: n for n in self.graph.node for o in n.output}
+        self.readers: dict[str, list[onnx.NodeProto]] = {}
+        for node in self.graph.node:
+            for name in node.input:
+                self.readers.setdefault(name, []).append(node)
+        self.results = {o.name for o in self.graph.output}
+
+    def _alone(self, value: str) -> onnx.NodeProto | None:
+        """The one reader of a value that is no output of the graph."""
+        readers = self.readers.get(value, [])
+        return readers[0] if len(readers) == 1 and value not in self.results else None
+
+    def _add_constant(self, name: str, value: np.ndarray) -> str:
+        if name not in self.constants:
+            self.graph.initializer.append(numpy_helper.from_array(value, name))
+            self.constants[name] = value
+        return name
+
+    def global_means(self) -> None:
+        """ReduceMean over axes 2 and 3, kept, becomes GlobalAveragePool."""
+        for node in self.graph.node:
+            if node.op_type != "ReduceMean" or len(node.input) < 2:
+                continue
+            axes = self.constants.get(node.input[1])
+            keep = next((a.i for a in node.attribute if a.name == "keepdims"), 1)
+            if axes is not None and keep and sorted(axes.tolist()) in ([2, 3], [-2, -1]):
+                node.op_type = "GlobalAveragePool"
+                del node.input[1:]
+                del node.attribute[:]
+
+    def moves_on_codes(self) -> None:
+        """DequantizeLinear -> move -> QuantizeLinear with equal parameters: the move alone, on codes."""
+        for node in list(self.graph.node):
+            if node.op_type not in MOVES:
+                continue
+            before, after = self.maker.get(node.input[0]), self._alone(node.output[0])
+            if before is None or after is None or before.op_type != "DequantizeLinear" or after.op_type != "QuantizeLinear":
+                continue
+            if list(before.input[1:3]) != list(after.input[1:3]):
+                continue
+            zero = self.constants[before.input[2]]
+            if zero.ndim:
+                continue
+            if node.op_type == "Pad":
+                name = self._add_constant(f"{before.input[2]}.pad", zero)
+                rest = list(node.input[3:])
+                del node.input[2:]
+                node.input.extend([name, *rest])
+            node.input[0] = before.input[0]
+            node.output[0] = after.output[0]
+            self.graph.node.remove(after)
+            self._index()
+
+    def pads_into_convolutions(self) -> None:
+        """Pad with zeros over the spatial dimensions, read by one Conv, becomes the Conv's pads."""
+        for pad in list(self.graph.node):
+            if pad.op_type != "Pad" or any(a.name == "mode" and a.s != b"constant" for a in pad.attribute):
+                continue
+            amounts = self.constants.get(pad.input[1])
+            fill = self.constants.get(pad.input[2]) if len(pad.input) > 2 and pad.input[2] else np.zeros(())
+            conv = self._alone(pad.output[0])
+            if amounts is None or fill is None or np.any(fill != 0) or conv is None or conv.op_type != "Conv":
+                continue
+            maker = self.maker.get(pad.input[0])
+            half = len(amounts) // 2
+            if (maker is not None and maker.op_type == "QuantizeLinear") or any(amounts[[0, 1, half, half + 1]]) or amounts.min() < 0:  # fmt: skip
+                continue
+            attribute = next((a for a in conv.attribute if a.name == "pads"), None)
+            own = list(attribute.ints) if attribute is not None else [0] * (2 * (half - 2))
+            added = [*amounts[2:half].tolist(), *amounts[half + 2 :].tolist()]
+            if attribute is not None:
+                conv.attribute.remove(attribute)
+            conv.attribute.append(helper.make_attribute("pads", [a + b for a, b in zip(own, added, strict=True)]))
+            conv.input[0] = pad.input[0]
+            self.graph.node.remove(pad)
+            self._index()
+
+    def drop_unused(self) -> None:
+        """Nodes and initializers that nothing reads any more."""
+        changed = True
+        while changed:
+            self._index()
+            dead = [n for n in self.graph.node if not any(o in self.readers or o in self.results for o in n.output)]
+            for node in dead:
+                self.graph.node.remove(node)
+            changed = bool(dead)
+        unused = [i for i in self.graph.initializer if i.name not in self.readers and i.name not in self.results]
+        for item in unused:
+            self.graph.initializer.remove(item)
+
+
+def _strip(proto: onnx.ModelProto) -> None:
+    """Remove what says how the file came about: source lines of the user's code, trace metadata, stale shapes."""
+    del proto.metadata_props[:]
+    del proto.graph.metadata_props[:]
+    del proto.graph.value_info[:]
+    proto.graph.doc_string = ""
+    proto.graph.name = "main"
+    proto.producer_name = "planish"
+    proto.producer_version = ""
+    for item in [*proto.graph.node, *proto.graph.initializer, *proto.graph.input, *proto.graph.output]:
+        del item.metadata_props[:]
+        item.doc_string = ""
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torch.onnx's remarks about packages that planish does not use off the user's terminal."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
