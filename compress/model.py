@@ -95,7 +95,7 @@ class Model:
 def weights(graph: torch.fx.GraphModule) -> dict[str, torch.Tensor]:
     """Learned tensors by name: parameters, and after quantization the buffers that hold their codes."""
     found: dict[str, torch.Tensor] = dict(graph.named_parameters())
-    found |= {n: b for n, b in graph.named_buffers() if n.endswith(".codes")}
+    found |= {n: b for n, b in graph.named_buffers() if n.endswith("_codes")}
     return found
 
 
