@@ -30,11 +30,11 @@ OPSET = 21
 MOVES = ("Slice", "Pad", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "MaxPool")
 
 
-def _quantize(x, scale, zero_point, axis, quant_min, quant_max, dtype):  # noqa: ANN001, ANN202 - traced by onnxscript
+def _quantize(x, scale, zero_point, axis, quant_min, quant_max, dtype):
     return opset21.QuantizeLinear(x, scale, zero_point, axis=axis)
 
 
-def _dequantize(q, scale, zero_point, axis):  # noqa: ANN001, ANN202 - traced by onnxscript
+def _dequantize(q, scale, zero_point, axis):
     return opset21.DequantizeLinear(q, scale, zero_point, axis=axis)
 
 
@@ -69,6 +69,7 @@ def to_onnx(model: Model) -> onnx.ModelProto:
     graph.moves_on_codes()
     graph.pads_into_convolutions()
     graph.drop_unused()
+    graph.name_nodes()
     _strip(proto)
     return proto
 
@@ -118,7 +119,12 @@ class _Graph:
             if node.op_type not in MOVES:
                 continue
             before, after = self.maker.get(node.input[0]), self._alone(node.output[0])
-            if before is None or after is None or before.op_type != "DequantizeLinear" or after.op_type != "QuantizeLinear":
+            if (
+                before is None
+                or after is None
+                or before.op_type != "DequantizeLinear"
+                or after.op_type != "QuantizeLinear"
+            ):
                 continue
             if list(before.input[1:3]) != list(after.input[1:3]):
                 continue
@@ -171,6 +177,23 @@ class _Graph:
         unused = [i for i in self.graph.initializer if i.name not in self.readers and i.name not in self.results]
         for item in unused:
             self.graph.initializer.remove(item)
+
+    def name_nodes(self) -> None:
+        """Call every node that reads a weight by its layer (`layer1.0.conv1`), the others by the value they make."""
+        taken: set[str] = set()
+        for node in self.graph.node:
+            name = node.output[0]
+            if len(node.input) > 1:
+                source = self.maker.get(node.input[1])
+                weight = (
+                    source.input[0] if source is not None and source.op_type == "DequantizeLinear" else node.input[1]
+                )
+                if weight in self.constants and self.constants[weight].ndim > 1 and "." in weight:
+                    name = weight.rpartition(".")[0]
+            while name in taken:
+                name += "_"
+            taken.add(name)
+            node.name = name
 
 
 def _strip(proto: onnx.ModelProto) -> None:

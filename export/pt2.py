@@ -1,0 +1,23 @@
+"""Format `pt2`: the compressed program itself, for PyTorch."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from ..common.errors import PlanishError
+from ..targets.target import Target
+from .format import Format, Source, Written
+from .onnx import describe
+
+
+class Pt2(Format):
+    """model.pt2, a torch.export program whose quantized weights are stored as codes; runs in PyTorch."""
+
+    def write(self, source: Source, target: Target, folder: Path) -> Written:
+        """Copy the program. Raises PlanishError when the source is an ONNX file, which has none."""
+        if source.program is None:
+            raise PlanishError(f"format 'pt2' needs a compressed model or a PyTorch model; '{source.name}' is an ONNX file")
+        shutil.copyfile(source.program, folder / "model.pt2")
+        graph = source.onnx.graph
+        return Written([describe(i) for i in graph.input], [describe(o) for o in graph.output])

@@ -1,0 +1,67 @@
+"""Runtime `pt2`: a torch.export program in PyTorch."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import numpy as np
+import torch
+
+from ..compress import program_file
+from ..compress.model import Model, from_program, output_names
+from ..export.artifact import Artifact
+from .measure import latency, machine, peak_memory
+from .session import Arrays, Profile, Runtime, Session
+
+
+class Pt2(Runtime):
+    """PyTorch on the CPU, every quantized op by its reference."""
+
+    formats: ClassVar[tuple[str, ...]] = ("pt2",)
+
+    def open(self, artifact: Artifact, threads: int) -> Pt2Session:
+        """Load model.pt2 without running any code that the file brings."""
+        path = artifact.folder / "model.pt2"
+        return Pt2Session(artifact, from_program(program_file.load(path), None, str(path)), threads)
+
+
+class Pt2Session(Session):
+    """A loaded program."""
+
+    def __init__(self, artifact: Artifact, model: Model, threads: int) -> None:
+        self.artifact, self.model, self.threads = artifact, model, threads
+
+    def run(self, inputs: Arrays) -> dict[str, np.ndarray]:
+        """Outputs for a batch."""
+        return run(self.model, inputs)
+
+    def profile(self, inputs: Arrays, runs: int, warmup: int) -> Profile:
+        """Latency in PyTorch; no per-layer table."""
+        before = torch.get_num_threads()
+        torch.set_num_threads(self.threads)
+        try:
+            timing = latency(lambda: self.run(inputs), runs, warmup)
+        finally:
+            torch.set_num_threads(before)
+        return Profile(
+            target=self.artifact.target,
+            format=self.artifact.format,
+            kind="measured",
+            latency_ms=timing,
+            peak_memory_bytes=peak_memory(),
+            file_bytes=(self.artifact.folder / "model.pt2").stat().st_size,
+            environment=machine(self.threads, torch=torch.__version__),
+        )
+
+
+def run(model: Model, inputs: Arrays, batch: int = 256) -> dict[str, np.ndarray]:
+    """Outputs of a traced model for (n, ...) inputs, at most `batch` samples at a time."""
+    size = batch if model.batched else model.inputs[0].shape[0]
+    n = len(next(iter(inputs.values())))
+    parts: list[tuple[torch.Tensor, ...]] = []
+    with torch.inference_mode():
+        for start in range(0, n, size):
+            tensors = [torch.from_numpy(np.ascontiguousarray(inputs[i.name][start : start + size])) for i in model.inputs]
+            result = model(*tensors)
+            parts.append(result if isinstance(result, tuple) else (result,))
+    return {name: torch.cat([p[i] for p in parts]).numpy() for i, name in enumerate(output_names(model))}
