@@ -1,0 +1,38 @@
+"""`Flatten`: reads a tensor in the order in which C stores it (channels last). It is the same bytes, so no code runs.
+
+ONNX has no such op: the graph rewriter (export/rewrite.py) puts it where an ONNX Reshape and the op after it allow it.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from . import layout
+from .op import Array, Call, FloatOp, Node, Op
+
+
+class Flatten(Op):
+    """(n, c, h, w) to the output's shape, elements in the order h, w, c."""
+
+    onnx_types: ClassVar[tuple[str, ...]] = ()
+
+    def parse(self, node: FloatOp) -> Node | None:
+        """Never: no ONNX node means this."""
+        return None
+
+    def reference(self, node: Node, *inputs: Array) -> Array:
+        """int8 codes (n, *shape[1:]) for int8 codes (n, c, h, w)."""
+        x = inputs[0]
+        return layout.to_memory(x).reshape(x.shape[0], *node.output.shape[1:])
+
+    def macs(self, node: Node) -> int:
+        """None."""
+        return 0
+
+    def call(self, node: Node) -> Call:
+        """There is none: the output is an alias of the input."""
+        raise NotImplementedError("flatten is an alias")
+
+    def alias(self, node: Node) -> bool:
+        """Always."""
+        return True
