@@ -1,0 +1,375 @@
+"""Example nodes for every op, as the importer would hand them over; used against C and against ONNX Runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from planish.kernels import layout
+from planish.kernels.op import Constant, FloatOp, Node, Op, Tensor, ops
+
+INF = float("inf")
+Rng = np.random.Generator
+Example = FloatOp | Node
+
+
+def tensor(rng: Rng, name: str, *shape: int, like: Tensor | None = None, scale: float | None = None) -> Tensor:
+    """An activation with a random quantization, or with that of `like`."""
+    if like is not None:
+        return Tensor(name, shape, like.scale, like.zero_point)
+    value = np.float32(scale if scale is not None else np.exp(rng.uniform(np.log(0.004), np.log(0.1))))
+    return Tensor(name, shape, value, int(rng.integers(-128, 128)))
+
+
+def weight(rng: Rng, *shape: int, scales: int = 1, axis: int = 0, unsigned: bool = False) -> Constant:
+    """Random weight codes: symmetric int8, or uint8 (moved to int8) with a zero point of its own."""
+    values = rng.integers(-128 if unsigned else -127, 128, shape).astype(np.int8)
+    zero = rng.integers(-60, 60, 1) if unsigned else np.zeros(1)
+    return Constant(
+        "w",
+        values,
+        rng.uniform(0.001, 0.02, scales).astype(np.float32),
+        np.broadcast_to(zero, (scales,)).astype(np.int32),
+        axis,
+    )
+
+
+def bias(rng: Rng, x: Tensor, w: Constant, outputs: int) -> Constant:
+    """Random int32 codes with scale x_scale * w_scale."""
+    scale = (x.scale * w.scale).astype(np.float32)
+    return Constant("b", rng.integers(-8000, 8000, outputs).astype(np.int32), scale, np.zeros(len(scale), np.int32))
+
+
+def plain(name: str, *values: int) -> Constant:
+    """An int64 list such as pads or starts."""
+    return Constant(name, np.array(values, np.int64))
+
+
+def made(
+    kind: str,
+    inputs: tuple[Any, ...],
+    output: Tensor,
+    attributes: dict[str, Any] | None = None,
+    low: float = -INF,
+    high: float = INF,
+) -> FloatOp:
+    return FloatOp(kind, kind.lower(), attributes or {}, inputs, output, low, high)
+
+
+def convolution(
+    rng: Rng, c: int, o: int, size: tuple[int, int], kernel: tuple[int, int] = (3, 3), stride: int = 1, dilation: int = 1,
+    pads: tuple[int, int, int, int] = (1, 1, 1, 1), group: int = 1, per_channel: bool = True, unsigned: bool = False,
+    with_bias: str = "codes", low: float = -INF, high: float = INF,
+) -> FloatOp:  # fmt: skip
+    x = tensor(rng, "x", 1, c, *size)
+    w = weight(rng, o, c // group, *kernel, scales=o if per_channel else 1, unsigned=unsigned)
+    spans = [(k - 1) * dilation + 1 for k in kernel]
+    rows, columns = ((size[i] + pads[i] + pads[i + 2] - spans[i]) // stride + 1 for i in range(2))
+    # an output scale near the spread of the sums, so that few outputs saturate
+    spread = float(x.scale) * 0.01 * 75 * 75 * np.sqrt(c // group * kernel[0] * kernel[1]) / 60
+    y = tensor(rng, "y", 1, o, rows, columns, scale=spread * rng.uniform(0.5, 2))
+    b = {"codes": bias(rng, x, w, o), "none": None}.get(with_bias)
+    if with_bias == "float":
+        b = Constant("b", rng.normal(0, 1, o).astype(np.float32))
+    attributes = {"pads": list(pads), "strides": [stride] * 2, "dilations": [dilation] * 2, "group": group}
+    return made("Conv", (x, w) if b is None else (x, w, b), y, attributes, low, high)
+
+
+def conv2d(rng: Rng) -> Iterator[Example]:
+    yield convolution(rng, 3, 16, (9, 7))
+    yield convolution(rng, 16, 8, (8, 8), low=0.0)
+    yield convolution(rng, 8, 5, (8, 8), stride=2)
+    yield convolution(rng, 8, 8, (8, 8), stride=2, pads=(0, 0, 1, 1))  # SAME on an even size
+    yield convolution(rng, 4, 6, (11, 5), kernel=(4, 1), pads=(2, 0, 1, 0), high=6.0, low=0.0)
+    yield convolution(rng, 5, 3, (9, 9), dilation=2, pads=(2, 2, 2, 2), with_bias="none")
+    yield convolution(rng, 1, 1, (5, 6), pads=(0, 0, 0, 0), per_channel=False)
+    yield convolution(rng, 32, 17, (5, 5), kernel=(1, 1), pads=(0, 0, 0, 0))
+    yield convolution(rng, 7, 4, (6, 5), kernel=(1, 1), pads=(0, 0, 0, 0), stride=2)
+    yield convolution(rng, 7, 4, (6, 5), kernel=(1, 1), pads=(1, 0, 0, 1))
+    yield convolution(rng, 8, 12, (6, 6), group=4)
+    yield convolution(rng, 8, 8, (6, 5), kernel=(1, 1), pads=(0, 0, 0, 0), group=2)
+    yield convolution(rng, 64, 9, (6, 6), unsigned=True, per_channel=False)
+    yield convolution(rng, 6, 9, (7, 6), kernel=(1, 1), pads=(0, 0, 0, 0), unsigned=True, per_channel=False)
+    yield convolution(rng, 3, 4, (5, 5), kernel=(5, 5), pads=(2, 2, 2, 2), with_bias="float")
+
+
+def depthwise(rng: Rng) -> Iterator[Example]:
+    yield convolution(rng, 16, 16, (9, 7), group=16)
+    yield convolution(rng, 7, 7, (8, 8), group=7, stride=2, pads=(0, 0, 1, 1))
+    yield convolution(rng, 4, 12, (6, 7), group=4)
+    yield convolution(rng, 9, 9, (10, 10), group=9, dilation=2, pads=(2, 2, 2, 2), low=0.0, high=6.0)
+    yield convolution(rng, 8, 8, (6, 6), group=8, unsigned=True, per_channel=False)
+    yield convolution(rng, 8, 8, (12, 3), kernel=(10, 4), group=8, pads=(4, 1, 5, 2), with_bias="none")
+
+
+def linear(
+    rng: Rng, k: int, n: int, rows: tuple[int, ...] = (), kind: str = "Gemm", trans: int = 1, unsigned: bool = False
+) -> FloatOp:
+    x = tensor(rng, "x", 1, *rows, k)
+    shape, axis = ((n, k), 0) if trans else ((k, n), 1)
+    w = weight(rng, *shape, scales=1 if unsigned else n, axis=axis, unsigned=unsigned)
+    y = tensor(rng, "y", 1, *rows, n, scale=float(x.scale) * 0.01 * 75 * 75 * np.sqrt(k) / 60)
+    if kind == "MatMul":
+        return made("MatMul", (x, w), y)
+    return made("Gemm", (x, w, bias(rng, x, w, n)), y, {"transB": trans})
+
+
+def fully_connected(rng: Rng) -> Iterator[Example]:
+    yield linear(rng, 64, 10)
+    yield linear(rng, 33, 7, trans=0)
+    yield linear(rng, 1, 1)
+    yield linear(rng, 300, 12, unsigned=True)
+    yield linear(rng, 16, 6, rows=(5,), kind="MatMul", trans=0)
+    yield linear(rng, 20, 8, kind="MatMul", trans=0)
+
+
+def binary(kind: str) -> Callable[[Rng], Iterator[Example]]:
+    def build(rng: Rng) -> Iterator[Example]:
+        shape = (1, 5, 9, 7)
+        for low, high in ((-INF, INF), (0.0, INF), (0.0, 1.0)):
+            a, b = tensor(rng, "a", *shape), tensor(rng, "b", *shape)
+            yield made(kind, (a, b), tensor(rng, "y", *shape), {}, low, high)
+        for small in ((1, 5, 1, 1), (1, 1, 1, 1)):
+            a, b = tensor(rng, "a", *shape), tensor(rng, "b", *small)
+            yield made(kind, (a, b), tensor(rng, "y", *shape))
+            yield made(kind, (b, a), tensor(rng, "y", *shape))
+        a, w = tensor(rng, "a", *shape), weight(rng, 5, 1, 1)
+        yield made(kind, (a, w), tensor(rng, "y", *shape))
+        yield made(kind, (weight(rng, *shape), a), tensor(rng, "y", *shape))
+        a, b = tensor(rng, "a", 1, 40), tensor(rng, "b", 1, 40)
+        yield made(kind, (a, b), tensor(rng, "y", 1, 40))
+        yield made(kind, (a, weight(rng, 40)), tensor(rng, "y", 1, 40))
+
+    return build
+
+
+def pool(kind: str) -> Callable[[Rng], Iterator[Example]]:
+    def build(rng: Rng) -> Iterator[Example]:
+        grid: list[tuple[int, tuple[int, int], tuple[int, int], tuple[int, int], tuple[int, int, int, int]]] = [
+            (4, (8, 8), (2, 2), (2, 2), (0, 0, 0, 0)),
+            (3, (9, 7), (3, 3), (2, 2), (1, 1, 1, 1)),
+            (1, (8, 6), (3, 2), (1, 2), (0, 0, 1, 1)),
+            (5, (25, 5), (25, 5), (1, 1), (0, 0, 0, 0)),
+        ]
+        for c, size, kernel, stride, pads in grid:
+            x = tensor(rng, "x", 1, c, *size)
+            rows, columns = ((size[i] + pads[i] + pads[i + 2] - kernel[i]) // stride[i] + 1 for i in range(2))
+            attributes: dict[str, Any] = {"kernel_shape": list(kernel), "strides": list(stride), "pads": list(pads)}
+            if kind == "AveragePool":
+                y = tensor(rng, "y", 1, c, rows, columns, scale=float(x.scale) * rng.uniform(0.3, 1.1))
+                yield made(kind, (x,), y, attributes)
+                yield made(kind, (x,), y, attributes | {"count_include_pad": 1}, 0.0, 2.0)
+            else:
+                yield made(kind, (x,), tensor(rng, "y", 1, c, rows, columns, like=x), attributes)
+        x = tensor(rng, "x", 1, 3, 6, 6)
+        if kind == "MaxPool":
+            yield made(kind, (x,), tensor(rng, "y", 1, 3, 3, 3), {"kernel_shape": [2, 2], "strides": [2, 2]}, 0.0)
+            y = tensor(rng, "y", 1, 3, 4, 4, like=x)
+            yield made(kind, (x,), y, {"kernel_shape": [2, 2], "dilations": [2, 2]})
+
+    return build
+
+
+def global_average_pool(rng: Rng) -> Iterator[Example]:
+    for c, h, w in ((64, 8, 8), (3, 5, 7), (1, 1, 1), (10, 12, 12)):
+        x = tensor(rng, "x", 1, c, h, w)
+        y = tensor(rng, "y", 1, c, 1, 1, scale=float(x.scale) * rng.uniform(0.1, 0.7))
+        yield made("GlobalAveragePool", (x,), y)
+    x = tensor(rng, "x", 1, 6, 5, 4)
+    y = tensor(rng, "y", 1, 6, scale=float(x.scale) * 0.4)
+    yield made("ReduceMean", (x, plain("axes", 2, 3)), y, {"keepdims": 0}, 0.0)
+
+
+def pad(rng: Rng) -> Iterator[Example]:
+    x = tensor(rng, "x", 1, 4, 5, 6)
+    value = Constant("value", np.array(0, np.float32))
+    yield made("Pad", (x, plain("pads", 0, 2, 0, 0, 0, 2, 0, 0), value), tensor(rng, "y", 1, 8, 5, 6, like=x))
+    yield made("Pad", (x, plain("pads", 0, 0, 1, 2, 0, 0, 3, 0)), tensor(rng, "y", 1, 4, 9, 8, like=x))
+    yield made("Pad", (x, plain("pads", 0, 0, -1, 2, 0, 1, 0, -1)), tensor(rng, "y", 1, 5, 4, 7))
+    x = tensor(rng, "x", 1, 7)
+    one = Constant("value", np.array(1.0, np.float32))
+    yield made("Pad", (x, plain("pads", 2, 3), one, plain("axes", 1)), tensor(rng, "y", 1, 12, like=x))
+
+
+def concat(rng: Rng) -> Iterator[Example]:
+    for axis, shapes in (
+        (1, ((1, 3, 5, 4), (1, 8, 5, 4))),
+        (2, ((1, 3, 5, 4), (1, 3, 1, 4), (1, 3, 2, 4))),
+        (-1, ((1, 2, 3, 4), (1, 2, 3, 5))),
+        (1, ((1, 6), (1, 7), (1, 1))),
+        (2, ((1, 4, 6), (1, 4, 2))),
+    ):
+        xs = [tensor(rng, f"x{i}", *s) for i, s in enumerate(shapes)]
+        shape = list(shapes[0])
+        shape[axis] = sum(s[axis] for s in shapes)
+        yield made("Concat", tuple(xs), tensor(rng, "y", *shape), {"axis": axis})
+        y = tensor(rng, "y", *shape, like=xs[0])
+        yield made("Concat", tuple(xs), y, {"axis": axis})
+    x = tensor(rng, "x", 1, 4, 3, 3)
+    y = tensor(rng, "y", 1, 8, 3, 3)
+    yield made("Concat", (x, replace(x, name="x2")), y, {"axis": 1}, 0.0)
+
+
+def clamp(rng: Rng) -> Iterator[Example]:
+    x = tensor(rng, "x", 1, 3, 5, 4)
+    yield made("Relu", (x,), tensor(rng, "y", 1, 3, 5, 4))
+    yield made("Relu", (x,), tensor(rng, "y", 1, 3, 5, 4, like=x))
+    bounds = tuple(Constant(n, np.array(v, np.float32)) for n, v in (("min", 0), ("max", 6)))
+    yield made("Clip", (x, *bounds), tensor(rng, "y", 1, 3, 5, 4, scale=6 / 255))
+    yield made("Clip", (x, None, bounds[1]), tensor(rng, "y", 1, 3, 5, 4))
+
+
+def lookup(rng: Rng) -> Iterator[Example]:
+    from planish.kernels.lookup import Lookup
+
+    for kind in Lookup.onnx_types:
+        x = replace(
+            tensor(rng, "x", 1, 256), scale=np.float32(rng.uniform(0.02, 0.06)), zero_point=int(rng.integers(-40, 40))
+        )
+        scale = {"Sigmoid": 1 / 256, "HardSigmoid": 1 / 256, "Tanh": 1 / 128, "Erf": 1 / 128, "Exp": 0.3}.get(
+            kind, 0.04
+        )
+        yield made(kind, (x,), tensor(rng, "y", 1, 256, scale=scale))
+
+
+def softmax(rng: Rng) -> Iterator[Example]:
+    for shape, axis in (
+        ((1, 10), -1),
+        ((1, 3, 7), -1),
+        ((1, 5, 4, 3), 1),
+        ((1, 5, 4, 3), 3),
+        ((1, 2), 1),
+        ((1, 300), 1),
+        ((1, 6, 5), 1),
+    ):
+        x = tensor(rng, "x", *shape)
+        y = replace(tensor(rng, "y", *shape, scale=1 / 256), zero_point=-128)
+        yield made("Softmax", (x,), y, {"axis": axis})
+    x = tensor(rng, "x", 1, 12)
+    yield made("Softmax", (x,), Tensor("y", (1, 12), np.float32(0.0021), -120), {"axis": -1}, 0.0, 0.3)
+
+
+def reshape(rng: Rng) -> Iterator[Example]:
+    for a, b in (
+        ((1, 3, 4, 5), (1, 60)),
+        ((1, 8, 1, 1), (1, 8)),
+        ((1, 1, 6, 4), (1, 24)),
+        ((1, 60), (1, 3, 4, 5)),
+        ((1, 6, 4, 5), (1, 2, 3, 20)),
+        ((1, 6, 4, 5), (1, 2, 12, 5)),
+        ((1, 6, 20), (1, 6, 4, 5)),
+        ((1, 6, 4, 5), (1, 6, 2, 10)),
+    ):
+        x = tensor(rng, "x", *a)
+        yield made("Reshape", (x, plain("shape", *b)), tensor(rng, "y", *b, like=x))
+    x = tensor(rng, "x", 1, 3, 4, 5)
+    yield made("Flatten", (x,), tensor(rng, "y", 1, 60), {"axis": 1})
+    x = tensor(rng, "x", 1, 7, 1, 1)
+    yield made("Squeeze", (x, plain("axes", 2, 3)), tensor(rng, "y", 1, 7))
+    yield made("Unsqueeze", (tensor(rng, "x", 1, 7), plain("axes", 1)), tensor(rng, "y", 1, 1, 7), {}, 0.0)
+
+
+def transpose(rng: Rng) -> Iterator[Example]:
+    for shape, perm in (
+        ((1, 3, 4, 5), (0, 2, 3, 1)),
+        ((1, 3, 4, 5), (0, 3, 1, 2)),
+        ((1, 3, 4, 5), (0, 1, 3, 2)),
+        ((1, 3, 1, 5), (0, 1, 3, 2)),
+        ((1, 3, 4), (0, 2, 1)),
+        ((1, 2, 3, 2, 2), (0, 2, 1, 3, 4)),
+    ):
+        x = tensor(rng, "x", *shape)
+        y = tensor(rng, "y", *(shape[a] for a in perm), like=x)
+        yield made("Transpose", (x,), y, {"perm": list(perm)})
+    x = tensor(rng, "x", 1, 3, 1, 5)
+    yield made("Transpose", (x,), tensor(rng, "y", 1, 3, 5, 1), {"perm": [0, 1, 3, 2]})
+
+
+def slicing(rng: Rng) -> Iterator[Example]:
+    x = tensor(rng, "x", 1, 6, 9, 8)
+    bounds = (plain("starts", 0, 0), plain("ends", 2**63 - 1, 2**63 - 1), plain("axes", 2, 3), plain("steps", 2, 2))
+    yield made("Slice", (x, *bounds), tensor(rng, "y", 1, 6, 5, 4, like=x))
+    bounds = (plain("starts", -1, 2), plain("ends", -(2**63), -1), plain("axes", 1, -1), plain("steps", -1, 1))
+    yield made("Slice", (x, *bounds), tensor(rng, "y", 1, 6, 9, 5, like=x))
+    x = tensor(rng, "x", 1, 20)
+    yield made("Slice", (x, plain("starts", 3), plain("ends", 17), plain("axes", 1)), tensor(rng, "y", 1, 14))
+
+
+def rescale(rng: Rng) -> Iterator[Example]:
+    x = tensor(rng, "x", 1, 3, 5, 4)
+    yield made("Identity", (x,), tensor(rng, "y", 1, 3, 5, 4))
+    yield made("Identity", (x,), tensor(rng, "y", 1, 3, 5, 4, like=x))
+
+
+def flatten(rng: Rng) -> Iterator[Example]:
+    x = tensor(rng, "x", 1, 3, 4, 5)
+    yield Node("flatten", "flatten", (x,), tensor(rng, "y", 1, 60, like=x))
+
+
+EXAMPLES: dict[str, Callable[[Rng], Iterator[Example]]] = {
+    "add": binary("Add"),
+    "average_pool": pool("AveragePool"),
+    "clamp": clamp,
+    "concat": concat,
+    "conv2d": conv2d,
+    "depthwise_conv2d": depthwise,
+    "flatten": flatten,
+    "fully_connected": fully_connected,
+    "global_average_pool": global_average_pool,
+    "lookup": lookup,
+    "max_pool": pool("MaxPool"),
+    "mul": binary("Mul"),
+    "pad": pad,
+    "rescale": rescale,
+    "reshape": reshape,
+    "slice": slicing,
+    "softmax": softmax,
+    "transpose": transpose,
+}
+
+
+def examples(op: str, seed: int = 0) -> list[Example]:
+    """Nodes that `op` takes; fails for an op of kernels/ that has none here."""
+    if op not in EXAMPLES:
+        pytest.fail(f"op '{op}' has no examples: add them to EXAMPLES in tests/kernels/conftest.py")
+    return list(EXAMPLES[op](np.random.default_rng([seed, *op.encode()])))
+
+
+def node_of(op: str, example: Example) -> Node:
+    """The deployment node; it must be the op itself that takes the example."""
+    if isinstance(example, Node):
+        return example
+    found = ops()[op].parse(example)
+    assert found is not None and found.op == op
+    return found
+
+
+def random_inputs(rng: Rng, node: Node, batch: int) -> list[np.ndarray]:
+    """int8 codes for every input, the extremes among them."""
+    return [rng.integers(-128, 128, (batch, *t.shape[1:])).astype(np.int8) for t in node.inputs]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "op_name" in metafunc.fixturenames:
+        metafunc.parametrize("op_name", sorted(ops()))
+
+
+class Bench:
+    """What the tests of this folder share."""
+
+    examples = staticmethod(examples)
+    node_of = staticmethod(node_of)
+    random_inputs = staticmethod(random_inputs)
+    layout = layout
+
+    @staticmethod
+    def op(name: str) -> Op:
+        return ops()[name]
+
+
+@pytest.fixture(scope="session")
+def bench() -> Bench:
+    return Bench()

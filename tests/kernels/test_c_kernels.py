@@ -1,0 +1,201 @@
+"""The C kernels equal the numpy reference bit for bit, on every op and under every compiler that is here."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from planish.kernels import op as contract
+from planish.kernels.op import Call, Node, ops
+
+C = Path(contract.__file__).parent / "c"
+FLAGS = ["-std=c99", "-Wall", "-Wextra", "-Werror", "-pedantic", "-ffp-contract=off"]
+TYPES = {"float32": "float", "int32": "int32_t", "int16": "int16_t", "int8": "int8_t", "uint8": "uint8_t"}
+BATCH = 3
+
+
+def compiler() -> list[str]:
+    for name in ("gcc", "clang", "cc"):
+        if shutil.which(name):
+            return [name]
+    pytest.skip("no C compiler")
+
+
+def literal(value: float | str) -> str:
+    return float(value).hex() + "f" if isinstance(value, (float, np.floating)) else str(value)
+
+
+def layer(name: str, call: Call) -> str:
+    """The constant arrays and the layer struct of one call, as the code generator writes them."""
+    lines: list[str] = []
+    members = [f".{k} = {literal(v)}" for k, v in call.fields.items()]
+    for key, array in call.arrays.items():
+        values = ", ".join(literal(v) for v in array.reshape(-1).tolist())
+        lines.append(f"static const {TYPES[str(array.dtype)]} {name}_{key}[] = {{{values}}};")
+        members.append(f".{key} = {name}_{key}")
+    lines.append(f"static const planish_{call.kernel}_layer {name} = {{{', '.join(members)}}};")
+    return "\n".join(lines)
+
+
+def entry(name: str, call: Call, inputs: int) -> str:
+    """`void run_<name>(const int8_t *const *x, int8_t *y, int8_t *scratch)`."""
+    given = ["x"] if call.input_array else [f"x[{i}]" for i in range(inputs)]
+    arguments = ", ".join([f"&{name}", *given, "y", *(["scratch"] if call.scratch else [])])
+    unused = "" if call.scratch else "(void)scratch; "
+    head = f"void run_{name}(const int8_t *const *x, int8_t *y, int8_t *scratch)"
+    return f"{head};\n{head}\n{{\n    {unused}planish_{call.kernel}({arguments});\n}}"
+
+
+def harness(bench: Any) -> tuple[str, dict[str, list[tuple[Node, Call | None]]]]:
+    """One C file with every example of every op, and the nodes by op."""
+    text = ['#include "planish.h"']
+    nodes: dict[str, list[tuple[Node, Call | None]]] = {}
+    for name, op in ops().items():
+        nodes[name] = []
+        for i, example in enumerate(bench.examples(name)):
+            node = bench.node_of(name, example)
+            call = None if op.alias(node) else op.call(node)
+            if call is not None:
+                text += [layer(f"{name}_{i}", call), entry(f"{name}_{i}", call, len(node.inputs))]
+            nodes[name].append((node, call))
+    return "\n".join(text) + "\n", nodes
+
+
+@pytest.fixture(scope="session")
+def library(bench: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[ctypes.CDLL, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("kernels")
+    text, nodes = harness(bench)
+    (folder / "harness.c").write_text(text)
+    sources = [str(p) for p in sorted(C.glob("*.c"))]
+    command = [*compiler(), *FLAGS, "-O2", "-shared", "-fPIC", f"-I{C}", *sources, str(folder / "harness.c")]
+    done = subprocess.run([*command, "-o", str(folder / "kernels.so")], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[:2000]
+    return ctypes.CDLL(str(folder / "kernels.so")), nodes
+
+
+def pointer(array: np.ndarray) -> Any:
+    return array.ctypes.data_as(ctypes.POINTER(ctypes.c_int8))
+
+
+def run(function: Any, node: Node, call: Call, inputs: list[np.ndarray]) -> np.ndarray:
+    """Outputs (n, size) in the order of memory for inputs (n, size). Guards around the buffers must survive."""
+    rows: list[np.ndarray] = []
+    for sample in zip(*inputs, strict=True):
+        flat = [np.ascontiguousarray(x) for x in sample]
+        array = (ctypes.POINTER(ctypes.c_int8) * len(flat))(*[pointer(x) for x in flat])
+        y = np.full(node.output.size + 16, 77, np.int8)
+        scratch = np.full(call.scratch + 16, 55, np.int8)
+        function(array, pointer(y), pointer(scratch))
+        assert (y[node.output.size :] == 77).all(), "wrote behind its output"
+        assert (scratch[call.scratch :] == 55).all(), "wrote behind its scratch"
+        rows.append(y[: node.output.size])
+    return np.stack(rows)
+
+
+def test_c_equals_reference(op_name: str, bench: Any, library: tuple[ctypes.CDLL, dict[str, Any]]) -> None:
+    dll, nodes = library
+    op = bench.op(op_name)
+    rng = np.random.default_rng(1)
+    for i, (node, call) in enumerate(nodes[op_name]):
+        inputs = bench.random_inputs(rng, node, BATCH)
+        expected = op.reference(node, *inputs)
+        assert expected.dtype == np.int8
+        assert expected.shape == (BATCH, *node.output.shape[1:])
+        memory = [bench.layout.to_memory(x) for x in inputs]
+        if call is None:
+            got = memory[0]
+        else:
+            assert set(call.sources) <= {p.name for p in C.glob("*.c")}
+            got = run(getattr(dll, f"run_{op_name}_{i}"), node, call, memory)
+        np.testing.assert_array_equal(
+            got, bench.layout.to_memory(expected), err_msg=f"{op_name} example {i}: {node.attributes}"
+        )
+
+
+def test_batch_is_independent(op_name: str, bench: Any) -> None:
+    """A sample's result does not depend on the samples beside it."""
+    op = bench.op(op_name)
+    for example in bench.examples(op_name):
+        node = bench.node_of(op_name, example)
+        inputs = bench.random_inputs(np.random.default_rng(2), node, BATCH)
+        whole = op.reference(node, *inputs)
+        np.testing.assert_array_equal(whole[1:2], op.reference(node, *(x[1:2] for x in inputs)))
+
+
+def test_extreme_inputs_do_not_overflow(bench: Any, library: tuple[ctypes.CDLL, dict[str, Any]]) -> None:
+    """Codes that are all lowest or all highest, where sums are largest."""
+    dll, nodes = library
+    for name in ("conv2d", "depthwise_conv2d", "fully_connected", "global_average_pool"):
+        for i, (node, call) in enumerate(nodes[name]):
+            inputs = [np.stack([np.full(t.shape[1:], v, np.int8) for v in (-128, 127)]) for t in node.inputs]
+            expected = bench.layout.to_memory(bench.op(name).reference(node, *inputs))
+            got = run(getattr(dll, f"run_{name}_{i}"), node, call, [bench.layout.to_memory(x) for x in inputs])
+            np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.parametrize("name", ["gcc", "clang"])
+def test_compiles_without_warnings(name: str, bench: Any, tmp_path: Path) -> None:
+    if shutil.which(name) is None:
+        pytest.skip(f"{name} is not installed")
+    (tmp_path / "harness.c").write_text(harness(bench)[0])
+    for level in ("-O0", "-O3"):
+        for source in [*sorted(C.glob("*.c")), tmp_path / "harness.c"]:
+            command = [name, *FLAGS, level, f"-I{C}", "-c", str(source), "-o", str(tmp_path / "out.o")]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, f"{source.name}: {done.stderr[:2000]}"
+
+
+@pytest.mark.parametrize("name", ["gcc", "clang"])
+def test_sanitizers_find_nothing(name: str, bench: Any, tmp_path: Path) -> None:
+    """Every example once, with buffers of exact size, under the address and undefined-behaviour sanitizers."""
+    if shutil.which(name) is None:
+        pytest.skip(f"{name} is not installed")
+    text, nodes = harness(bench)
+    body: list[str] = []
+    for op_name, found in nodes.items():
+        for i, (node, call) in enumerate(found):
+            if call is None:
+                continue
+            sizes = [t.size for t in node.inputs]
+            body += [
+                "    {",
+                f"        int8_t *x[{len(sizes)}], *y = malloc({node.output.size});",
+                f"        int8_t *scratch = malloc({call.scratch} + 1) ;",
+                *(f"        x[{k}] = fill({s}, seed++);" for k, s in enumerate(sizes)),
+                f"        run_{op_name}_{i}((const int8_t *const *)x, y, scratch);",
+                *(f"        free(x[{k}]);" for k in range(len(sizes))),
+                "        free(y);",
+                "        free(scratch);",
+                "    }",
+            ]
+    main = [
+        "#include <stdlib.h>",
+        text,
+        "static int8_t *fill(int size, unsigned seed)",
+        "{",
+        "    int8_t *x = malloc((size_t)size);",
+        "    for (int i = 0; i < size; i++) { seed = seed * 1664525u + 1013904223u; x[i] = (int8_t)(int)(seed >> 24); }",
+        "    return x;",
+        "}",
+        "int main(void)",
+        "{",
+        "    unsigned seed = 1;",
+        *body,
+        "    return 0;",
+        "}",
+    ]
+    (tmp_path / "main.c").write_text("\n".join(main) + "\n")
+    flags = ["-std=c99", "-O1", "-g", "-ffp-contract=off", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    sources = [str(p) for p in sorted(C.glob("*.c"))]
+    command = [name, *flags, f"-I{C}", *sources, str(tmp_path / "main.c"), "-o", str(tmp_path / "main")]
+    built = subprocess.run(command, capture_output=True, text=True, check=False)
+    if built.returncode != 0 and "cannot find" in built.stderr and "san" in built.stderr:
+        pytest.skip(f"{name} has no sanitizer libraries")
+    assert built.returncode == 0, built.stderr[:2000]
+    done = subprocess.run([str(tmp_path / "main")], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[:3000]
