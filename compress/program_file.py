@@ -1,0 +1,478 @@
+"""`.pt2` files: torch.export programs, written deterministically and read without running anything they hold.
+
+torch.export.load trusts its file. It unpickles weights, constants and sample inputs, evaluates shape expressions with
+sympify, imports modules named in tree specs, resolves operators by attribute lookup, and pastes names and guards into
+Python source that it executes. So no foreign file reaches it here. `read` takes the archive apart with the zip module,
+accepts what this page lists, drops what planish does not need (sample inputs, guards, stack traces, module
+metadata, extra files), and `pack` builds a new archive from what is left. `save` and `load` both go through the two:
+what planish writes is what planish accepts, and the same program gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import dataclasses
+import io
+import json
+import keyword
+import math
+import re
+import types
+import typing
+import warnings
+import zipfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._export.serde import schema
+from torch._export.serde.serialize import (
+    _SERIALIZE_TO_TORCH_DTYPE,
+    _bytes_to_dataclass,
+    _dataclass_to_dict,
+    _to_json_bytes,
+)
+from torch._export.serde.union import _Union
+from torch.export.pt2_archive import PT2ArchiveWriter
+from torch.export.pt2_archive._package import load_pt2
+
+from ..common.errors import PlanishError, listed
+from ..kernels import affine
+
+_ = affine  # its import defines planish::quantize and planish::dequantize, which programs name
+
+WEIGHTS, CONSTANTS, PROGRAM = "data/weights/", "data/constants/", "models/model.json"
+WEIGHTS_CONFIG, CONSTANTS_CONFIG = WEIGHTS + "model_weights_config.json", CONSTANTS + "model_constants_config.json"
+SAMPLES = "data/sample_inputs/model.pt"
+NEEDED = ("archive_format", "archive_version", PROGRAM, WEIGHTS_CONFIG, CONSTANTS_CONFIG)
+MEMBER = re.compile(
+    r"archive_format|archive_version|byteorder|\.data/(version|serialization_id)|models/model\.json"
+    r"|data/(weights/(weight_\d+|model_weights_config\.json)|constants/(tensor_\d+|model_constants_config\.json))"
+    r"|data/sample_inputs/model\.pt|extra/[^/\\]+"
+)
+"""members of an archive, below its root folder; sample inputs and extra files are never read"""
+
+Rule = Callable[[str], str | None]
+"""what is wrong with a string, None when nothing is"""
+
+
+class Refused(Exception):
+    """A part of a file that planish does not accept; the message says which and why."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Contents:
+    """An accepted archive: the program's JSON form, and its tensors by name."""
+
+    program: schema.ExportedProgram
+    weights: dict[str, tuple[torch.Tensor, schema.PayloadMeta]]
+    constants: dict[str, tuple[torch.Tensor, schema.PayloadMeta]]
+
+
+def save(program: torch.export.ExportedProgram, path: Path) -> None:
+    """Write a program: no sample inputs, no stack traces, no paths. The same program gives the same bytes.
+
+    Raises PlanishError for a program that `load` would refuse (custom classes, control flow, foreign operators).
+    """
+    raw = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "No complete tensor found")  # slices of a larger tensor: `pack` cuts them out
+        torch.export.save(program, raw)
+    try:
+        path.write_bytes(pack(read(raw.getvalue())))
+    except Refused as error:
+        raise PlanishError(f"'{path}' cannot be written: {error}") from None
+
+
+def load(path: Path) -> torch.export.ExportedProgram:
+    """Read a program saved by planish or by torch.export.save (torch 2.8 or newer). Nothing in the file is executed.
+
+    Raises PlanishError for a missing, truncated or foreign file and for every part that could run code.
+    """
+    try:
+        clean = pack(read(path.read_bytes()))
+    except OSError as error:
+        raise PlanishError(f"program '{path}' cannot be read: {error.strerror}") from None
+    except Refused as error:
+        raise PlanishError(f"program '{path}' is refused: {error}") from None
+    try:
+        return load_pt2(io.BytesIO(clean)).exported_programs["model"]
+    except Exception as error:  # torch raises many types for a graph that contradicts itself
+        reason = (str(error).strip() or type(error).__name__).splitlines()[-1][:200]
+        raise PlanishError(f"program '{path}' is not consistent: {reason}") from None
+
+
+def pack(contents: Contents) -> bytes:
+    """The archive's bytes. Tensors that share their data share a record; every record holds its tensor and no more."""
+    buffer = io.BytesIO()
+    with PT2ArchiveWriter(buffer) as writer:  # a buffer gets the fixed root folder 'archive'
+        _pack_tensors(writer, contents.weights, WEIGHTS, WEIGHTS_CONFIG, "weight_")
+        _pack_tensors(writer, contents.constants, CONSTANTS, CONSTANTS_CONFIG, "tensor_")
+        writer.write_bytes(PROGRAM, _to_json_bytes(contents.program))
+        writer.write_bytes(SAMPLES, b"")
+    return buffer.getvalue()
+
+
+def _pack_tensors(
+    writer: PT2ArchiveWriter,
+    tensors: dict[str, tuple[torch.Tensor, schema.PayloadMeta]],
+    folder: str,
+    config_file: str,
+    prefix: str,
+) -> None:
+    config: dict[str, schema.PayloadMeta] = {}
+    records: dict[tuple[object, ...], str] = {}
+    for name, (tensor, meta) in tensors.items():
+        key = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+        shared = tensor.numel() > 0 and key in records
+        record = records[key] if shared else f"{prefix}{len(records)}"
+        dense = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+        kept = tensor if dense else tensor.contiguous()
+        if not shared:
+            records[key if tensor.numel() else (name,)] = record
+            flat = torch.empty(0, dtype=kept.dtype).set_(
+                kept.untyped_storage() if dense else kept.clone().untyped_storage()
+            )
+            writer.write_bytes(folder + record, flat.view(torch.uint8).numpy().tobytes() if kept.numel() else b"")
+        assert meta.tensor_meta is not None  # `read` refuses entries without
+        tensor_meta = dataclasses.replace(
+            meta.tensor_meta,
+            strides=[schema.SymInt.create(as_int=s) for s in kept.stride()],
+            storage_offset=schema.SymInt.create(as_int=0),
+        )
+        config[name] = dataclasses.replace(meta, path_name=record, tensor_meta=tensor_meta)
+    writer.write_string(config_file, json.dumps(_dataclass_to_dict(schema.PayloadConfig(config))))
+
+
+# ---- reading
+
+
+def read(archive: bytes) -> Contents:
+    """Take an archive apart. Raises Refused for anything that is not plainly a graph of known ops with raw tensors."""
+    members = _members(archive)
+    if members.get("archive_format") != b"pt2" or members["archive_version"] != b"0":
+        raise Refused("not a pt2 archive of version 0")
+    if members.get("byteorder", b"little") != b"little":
+        raise Refused("its tensors are stored big-endian; little-endian is accepted")
+    program = _parse(schema.ExportedProgram, members[PROGRAM], PROGRAM)
+    _strip(program)
+    with _named(PROGRAM):
+        _check(program, schema.ExportedProgram, _identifier)
+    return Contents(
+        program,
+        _tensors(members, WEIGHTS_CONFIG, WEIGHTS, "weight_"),
+        _tensors(members, CONSTANTS_CONFIG, CONSTANTS, "tensor_"),
+    )
+
+
+def _members(archive: bytes) -> dict[str, bytes]:
+    """Members by name below the root folder, all listed in MEMBER, stored without compression, each once."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(archive)) as file:
+            infos = file.infolist()
+            names = [i.filename for i in infos]
+            if "serialized_exported_program.json" in names:
+                raise Refused("it has the format of torch 2.7 or older; load and save it again with a newer torch")
+            root = names[0].split("/")[0] if names else ""
+            foreign = [n for n in names if not (n.startswith(root + "/") and MEMBER.fullmatch(n[len(root) + 1 :]))]
+            if foreign or root in ("", ".", ".."):
+                raise Refused(
+                    f"unexpected members {listed(foreign)}; one program called 'model' with raw tensors is accepted"
+                )
+            if len(set(names)) < len(names):
+                raise Refused(f"members occur twice: {listed(sorted({n for n in names if names.count(n) > 1}))}")
+            packed = [i.filename for i in infos if i.compress_type != zipfile.ZIP_STORED]
+            if packed or sum(i.file_size for i in infos) > len(archive):
+                raise Refused(f"compressed members {listed(packed)}; torch.export.save stores them plainly")
+            cut = {i.filename: i.filename[len(root) + 1 :] for i in infos}
+            wanted = {k: v for k, v in cut.items() if v != SAMPLES and not v.startswith("extra/")}
+            members = {v: file.read(k) for k, v in wanted.items()}
+    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
+        raise Refused(f"not a whole zip archive ({error})") from None
+    lacking = [n for n in NEEDED if n not in members]
+    if lacking:
+        raise Refused(f"not a program saved by torch.export.save: {listed(lacking)} missing")
+    return members
+
+
+def _parse(kind: type[Any], text: bytes, name: str) -> Any:
+    try:
+        return _bytes_to_dataclass(kind, text)
+    except Exception as error:  # whatever the JSON lacks, torch's reader raises its own way
+        raise Refused(f"{name} does not follow the schema of torch {torch.__version__}: {error!r:.150}") from None
+
+
+def _strip(program: schema.ExportedProgram) -> None:
+    """Remove what planish has no use for, in place: guards, stack traces, module paths, call graph of submodules."""
+    module = program.graph_module
+    program.guards_code = []
+    module.metadata = {}
+    module.treespec_namedtuple_fields = {}
+    module.module_call_graph = [e for e in module.module_call_graph if e.fqn == ""][:1]
+    for node in module.graph.nodes:
+        node.metadata = {}
+
+
+def _tensors(
+    members: dict[str, bytes], config_file: str, folder: str, prefix: str
+) -> dict[str, tuple[torch.Tensor, schema.PayloadMeta]]:
+    """Tensors by name, from raw records of exactly their dtype and within their bounds."""
+    config = _parse(schema.PayloadConfig, members[config_file], config_file)
+    with _named(config_file):
+        _check(config, schema.PayloadConfig, _identifier)
+    records: dict[tuple[str, torch.dtype], torch.Tensor] = {}
+    found: dict[str, tuple[torch.Tensor, schema.PayloadMeta]] = {}
+    for name, meta in config.config.items():
+        if meta.use_pickle or meta.tensor_meta is None:
+            raise Refused(
+                f"'{name}' is stored as a pickle, which can execute code; make it a plain tensor (no tensor subclass,"
+                " no script object) and save the program again"
+            )
+        record = folder + meta.path_name
+        if not re.fullmatch(prefix + r"\d+", meta.path_name) or record not in members:
+            raise Refused(f"the record '{record}' of '{name}' is missing")
+        dtype = _SERIALIZE_TO_TORCH_DTYPE.get(meta.tensor_meta.dtype)
+        if dtype is None or meta.tensor_meta.layout != schema.Layout.Strided:
+            raise Refused(f"'{name}' has an unknown dtype or is not a dense tensor")
+        if (meta.path_name, dtype) not in records:
+            raw = bytearray(members[record])
+            if len(raw) % dtype.itemsize:
+                raise Refused(f"'{name}' has {len(raw)} bytes, which is no whole number of {dtype} elements")
+            records[meta.path_name, dtype] = torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype)
+        flat = records[meta.path_name, dtype]
+        sizes, strides = _ints(meta.tensor_meta.sizes, name), _ints(meta.tensor_meta.strides, name)
+        (offset,) = _ints([meta.tensor_meta.storage_offset], name)
+        last = offset + sum((n - 1) * s for n, s in zip(sizes, strides, strict=False))
+        numel = math.prod(sizes)
+        if len(sizes) != len(strides) or numel > flat.numel() or (numel > 0 and last >= flat.numel()):
+            raise Refused(f"'{name}' has the shape {sizes}, which its {flat.numel()} stored elements do not fill")
+        found[name] = (torch.as_strided(flat, sizes, strides, offset) if numel else flat.new_empty(sizes), meta)
+    return found
+
+
+def _ints(values: Iterable[schema.SymInt], name: str) -> tuple[int, ...]:
+    found = tuple(v.value if v.type == "as_int" else -1 for v in values)
+    if any(v < 0 or v >= 2**48 for v in found):
+        raise Refused(f"'{name}' has no fixed shape")
+    return found
+
+
+# ---- what each string in a program may be
+
+
+def _identifier(text: str) -> str | None:
+    """Names of graph values become Python names in the code that torch.fx generates."""
+    if text == "" or (re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", text) and not keyword.iskeyword(text)):
+        return None
+    return "is not a name"
+
+
+def _tensor_name(text: str) -> str | None:
+    """Names of parameters and buffers: layer paths. They become attribute paths in generated code."""
+    parts = text.split(".")
+    if all(re.fullmatch(r"[A-Za-z0-9_-]+", p) and not p.startswith("__") for p in parts):
+        return None
+    return "is not the name of a parameter (letters, digits, '_', '-' between dots)"
+
+
+def _text(text: str) -> str | None:
+    """String arguments of ops: modes ('floor', 'same') and einsum equations."""
+    return None if re.fullmatch(r"[A-Za-z0-9_ ,.>-]{0,200}", text) else "is no mode or equation"
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+SYMBOL = re.compile(r"[a-z]{1,4}\d{1,6}")
+FUNCTIONS = _words(
+    "Symbol Integer Add Mul FloorDiv CeilDiv CleanDiv Mod PythonMod Max Min Identity ModularIndexing Equality Unequality"
+    " LessThan StrictLessThan GreaterThan StrictGreaterThan And Or Not"
+)
+"""functions in the printed form of a shape expression; powers are left out, which could be huge"""
+
+
+def _symbol(text: str) -> str | None:
+    return None if SYMBOL.fullmatch(text) else "is not the name of a dimension"
+
+
+def _expression(text: str) -> str | None:
+    """Shape expressions are evaluated by sympify, so only nested calls of FUNCTIONS on small constants are accepted."""
+    if not re.fullmatch(r"[A-Za-z0-9_(),=' -]{1,2000}", text):
+        return "is not a shape expression of at most 2000 characters"
+    try:
+        tree = ast.parse(text, mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return "is not a shape expression"
+    return None if _expression_ok(tree) else "is not a shape expression of dimensions, integers and their arithmetic"
+
+
+def _expression_ok(tree: ast.expr) -> bool:
+    if isinstance(tree, ast.Name):
+        return tree.id in ("true", "false")
+    if not (isinstance(tree, ast.Call) and isinstance(tree.func, ast.Name) and tree.func.id in FUNCTIONS):
+        return False
+    if tree.func.id == "Symbol":
+        flags = all(
+            k.arg and isinstance(k.value, ast.Constant) and isinstance(k.value.value, bool) for k in tree.keywords
+        )
+        name = tree.args[0] if len(tree.args) == 1 else None
+        is_name = isinstance(name, ast.Constant) and isinstance(name.value, str) and SYMBOL.fullmatch(name.value)
+        return flags and bool(is_name)
+    if tree.func.id == "Integer":
+        value = tree.args[0] if len(tree.args) == 1 and not tree.keywords else None
+        if isinstance(value, ast.UnaryOp) and isinstance(value.op, ast.USub):
+            value = value.operand
+        return isinstance(value, ast.Constant) and type(value.value) is int and value.value < 2**62
+    return not tree.keywords and all(_expression_ok(a) for a in tree.args)
+
+
+SYM_OPS = _words(
+    "_operator.eq _operator.ne _operator.le _operator.ge _operator.lt _operator.gt _operator.neg _operator.pos"
+    " _operator.mul _operator.add _operator.sub _operator.floordiv _operator.mod _operator.and_ _operator.or_"
+    " torch.sym_not torch.sym_int torch.sym_float torch.sym_ite torch.sym_max torch.sym_min"
+)
+"""arithmetic on shapes"""
+INNER_OPS = _words(
+    "_softmax _log_softmax _safe_softmax _to_copy _unsafe_view _native_batch_norm_legit_no_training _adaptive_avg_pool2d"
+    " _assert_scalar _assert_tensor_metadata _scaled_dot_product_flash_attention_for_cpu _weight_norm"
+    " _weight_norm_interface"
+)
+"""ATen ops with a leading underscore that programs contain; the others are internals of torch"""
+
+
+def _target(text: str) -> str | None:
+    """Operators: ATen and planish ops that exist, and arithmetic on shapes. Reading files (aten::from_file) is not one."""
+    if text in SYM_OPS:
+        return None
+    match = re.fullmatch(r"torch\.ops\.(aten|planish)\.([A-Za-z0-9_]+)\.([A-Za-z0-9_]+)", text)
+    if match is None:
+        return "is not an operator of torch.ops.aten or torch.ops.planish"
+    space, name, overload = match.groups()
+    if name == "from_file" or overload.startswith("__") or (name.startswith("_") and name not in INNER_OPS):
+        return "is not an operator that a model needs"
+    packet = getattr(getattr(torch.ops, space), name, None)
+    if not isinstance(getattr(packet, overload, None), torch._ops.OpOverload):
+        return f"does not exist in torch {torch.__version__}"
+    return None
+
+
+SEQUENCES = ("builtins.tuple", "builtins.list", "torch.fx.immutable_collections.immutable_list")
+MAPPINGS = ("builtins.dict", "collections.OrderedDict", "torch.fx.immutable_collections.immutable_dict")
+
+
+def _treespec(text: str) -> str | None:
+    """Nesting of inputs and outputs. Other containers name a module in their context, which torch would import."""
+    wrong = "is not a nesting of tuples, lists and dicts"
+    try:
+        protocol, tree = json.loads(text)
+    except (ValueError, TypeError, RecursionError):
+        return wrong
+    return None if protocol == 1 and _treespec_ok(tree) else wrong
+
+
+def _treespec_ok(tree: object) -> bool:
+    if not isinstance(tree, dict) or set(tree) != {"type", "context", "children_spec"}:
+        return False
+    kind, context, children = tree["type"], tree["context"], tree["children_spec"]
+    if not isinstance(children, list) or not all(_treespec_ok(c) for c in children):
+        return False
+    if kind is None:
+        return context is None and not children
+    if kind in SEQUENCES:
+        return context == "null"
+    if kind not in MAPPINGS or not isinstance(context, str):
+        return False
+    keys = json.loads(context)
+    return isinstance(keys, list) and all(isinstance(k, str | int) for k in keys)
+
+
+def _one_of(*accepted: str) -> Rule:
+    return lambda text: None if text in accepted else f"is not one of {', '.join(accepted)}"
+
+
+def _pattern(pattern: str) -> Rule:
+    return lambda text: None if re.fullmatch(pattern, text) else "is malformed"
+
+
+RULES: dict[tuple[type, str], Rule] = {
+    (schema.Node, "target"): _target,
+    (schema.SymExpr, "expr_str"): _expression,
+    (schema.Argument, "as_string"): _text,
+    (schema.Argument, "as_strings"): _text,
+    (schema.ConstantValue, "as_string"): _text,
+    (schema.ModuleCallSignature, "in_spec"): _treespec,
+    (schema.ModuleCallSignature, "out_spec"): _treespec,
+    (schema.Device, "type"): _one_of("cpu"),
+    (schema.ExportedProgram, "verifiers"): _one_of("ATEN", "TRAINING"),
+    (schema.ExportedProgram, "torch_version"): _pattern(r"[0-9A-Za-z.+]{1,60}"),
+    (schema.ExportedProgram, "range_constraints"): _symbol,
+    (schema.InputToParameterSpec, "parameter_name"): _tensor_name,
+    (schema.InputToBufferSpec, "buffer_name"): _tensor_name,
+    (schema.InputToTensorConstantSpec, "tensor_constant_name"): _tensor_name,
+    (schema.BufferMutationSpec, "buffer_name"): _tensor_name,
+    (schema.PayloadConfig, "config"): _tensor_name,
+    (schema.PayloadMeta, "path_name"): _pattern(r"[a-z_]+\d+"),
+}
+"""the rule for the strings of a field (keys, for a mapping); every other string is a Python name"""
+FORBIDDEN = {
+    (schema.Argument, "as_graph"): "control flow",
+    (schema.Argument, "as_operator"): "an operator as argument",
+    (schema.Argument, "as_custom_obj"): "a custom class, which is stored as a pickle",
+    (schema.InputSpec, "custom_obj"): "a custom class, which is stored as a pickle",
+    (schema.InputSpec, "token"): "side effects",
+    (schema.OutputSpec, "token"): "side effects",
+}
+
+
+@contextlib.contextmanager
+def _named(member: str) -> typing.Iterator[None]:
+    """Turn what malformed values raise inside the checks into Refused, naming the member."""
+    try:
+        yield
+    except (TypeError, AttributeError, KeyError, ValueError, RecursionError) as error:
+        raise Refused(f"{member} is malformed: {error!r:.150}") from None
+
+
+def _check(value: Any, hint: Any, rule: Rule) -> None:
+    """Check a value of torch's schema against its declared type, and every string in it against its rule."""
+    hint = getattr(hint, "__origin__", hint) if typing.get_origin(hint) is typing.Annotated else hint
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is not None:
+            _check(value, args[0], rule)
+    elif origin is list:
+        _expect(isinstance(value, list), value, hint)
+        for item in value:
+            _check(item, args[0], rule)
+    elif origin is dict:
+        _expect(isinstance(value, dict), value, hint)
+        for key, item in value.items():
+            _check(key, str, rule)
+            _check(item, args[1], rule)
+    elif isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        _expect(isinstance(value, hint), value, hint)
+        hints = typing.get_type_hints(hint, globalns=dict(vars(schema)))
+        names = [value.type] if isinstance(value, _Union) else [f.name for f in dataclasses.fields(hint)]
+        for name in names:
+            if (hint, name) in FORBIDDEN:
+                raise Refused(f"it contains {FORBIDDEN[hint, name]}; a graph of tensor ops is accepted")
+            _check(getattr(value, name), hints[name], RULES.get((hint, name), _identifier))
+    elif hint is str:
+        _expect(isinstance(value, str), value, hint)
+        wrong = rule(value)
+        if wrong:
+            raise Refused(f"{value[:80]!r} {wrong}")
+    elif hint is float:
+        _expect(isinstance(value, int | float), value, hint)
+    elif hint is bool:
+        _expect(isinstance(value, bool), value, hint)
+    else:  # int and the integer enums
+        _expect(isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63, value, hint)
+
+
+def _expect(right: bool, value: object, hint: object) -> None:
+    if not right:
+        raise Refused(f"{value!r:.60} stands where {getattr(hint, '__name__', hint)} belongs")
