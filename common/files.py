@@ -49,6 +49,8 @@ def new_folder(path: Path, force: bool = False) -> Iterator[Path]:
         work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=parent))
         work.chmod(0o755)
         yield work
+        for file in work.rglob("*"):  # libraries that write by way of a temporary file leave it private
+            file.chmod(file.stat().st_mode | 0o044)
         if path.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=parent))
             path.rename(old / "replaced")

@@ -42,6 +42,8 @@ class Written:
     details: Mapping[str, Any] = field(default_factory=dict)
     """format-specific facts: memory plan, toolchain, fused layers, schedule, numeric bound"""
     warnings: tuple[str, ...] = ()
+    max_error: float = 0.0
+    """largest absolute difference of an output to ONNX Runtime's that the format allows; 0: bit for bit"""
 
 
 class Format(abc.ABC):

@@ -1,0 +1,336 @@
+"""The command line. Each verb calls the function of the same name in pipeline.py and prints what it returns."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from .common.errors import PlanishError
+
+if TYPE_CHECKING:
+    from .compress.model import Input
+
+app = typer.Typer(
+    name="planish",
+    help="Prune, quantize and export a trained model to a device, and profile it there.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on standard output.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
+Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")]
+TargetName = Annotated[str, typer.Option("--target", "-t", help="Device; `planish targets` lists them.")]
+Data = Annotated[str | None, typer.Option("--data", "-d", help="Samples: .npz, .safetensors, a folder of them, or file.py:loader.")]  # fmt: skip
+Weights = Annotated[Path | None, typer.Option("--weights", "-w", help="Weights for a factory: .safetensors, .pt, .pth or .th.")]  # fmt: skip
+Inputs = Annotated[list[str] | None, typer.Option("--input", "-i", help="Input of a factory's model: name=1,3,32,32 (needed without --data).")]  # fmt: skip
+RuntimeName = Annotated[str | None, typer.Option("--runtime", help="Runtime to use instead of the target's own.")]
+Threads = Annotated[int, typer.Option("--threads", min=1, help="CPU threads.")]
+ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="file.py:factory, package.module:factory, .pt2, .onnx or a compressed folder.")]  # fmt: skip
+ArtifactPath = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Folder written by `planish export`.")]
+
+
+@app.command()
+def compress(
+    model: ModelName,
+    output: Output,
+    target: TargetName = "host",
+    data: Data = None,
+    test_data: Annotated[str | None, typer.Option("--test-data", help="Labelled samples for the accuracy.")] = None,
+    weights: Weights = None,
+    recipe: Annotated[str | None, typer.Option("--recipe", "-r", help="YAML file or bundled recipe.")] = None,
+    input: Inputs = None,
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Run a recipe on a checkpoint: checkpoint -> compressed model."""
+    from . import pipeline
+
+    report = pipeline.compress(
+        model,
+        target=target,
+        data=data,
+        test_data=test_data,
+        weights=weights,
+        recipe=recipe,
+        output=output,
+        inputs=_inputs(input),
+        seed=seed,
+        force=force,
+    )
+    if as_json:
+        return _json(report)
+    table = _table("", "original", "compressed", title=f"{model} by {report['recipe']} for {target}")
+    before = report["original"]
+    for key, show in (("params", _count), ("macs", _count), ("bytes", _count)):
+        table.add_row(key, show(before[key]), f"{show(report[key])}  ({_ratio(before[key], report[key])})")
+    if "accuracy" in report:
+        a = report["accuracy"]
+        table.add_row(f"accuracy (n={a['n']})", f"{a['original']:.2%}", f"{a['compressed']:.2%}")
+    _print(table)
+    _print(f"written to {output} in {report['seconds']:.1f} s")
+
+
+@app.command()
+def export(
+    model: ModelName,
+    output: Output,
+    target: TargetName = "host",
+    format: Annotated[str | None, typer.Option("--format", "-f", help="onnx, tvm, c or pt2.")] = None,
+    data: Data = None,
+    weights: Weights = None,
+    input: Inputs = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Write the device artifact of a compressed model or an ONNX file."""
+    from . import pipeline
+
+    report = pipeline.export(
+        model,
+        target=target,
+        format=format,
+        output=output,
+        data=data,
+        weights=weights,
+        inputs=_inputs(input),
+        force=force,
+    )
+    if as_json:
+        return _json(report)
+    _print(f"{report['format']} artifact for {target} in {output}: {report['bytes']:,} bytes")
+    if "flash_bytes" in report:
+        _print(f"flash {report['flash_bytes']:,} bytes, RAM {report['ram_bytes']:,} bytes")
+    for name in report["files"]:
+        _print(f"  {name}")
+    for warning in report["warnings"]:
+        _print(f"warning: {warning}")
+
+
+@app.command()
+def profile(
+    artifact: ArtifactPath,
+    runtime: RuntimeName = None,
+    runs: Annotated[int, typer.Option(min=1, help="Inferences that are timed.")] = 100,
+    warmup: Annotated[int, typer.Option(min=0, help="Inferences before, not counted.")] = 10,
+    threads: Threads = 1,
+    as_json: Json = False,
+) -> None:
+    """Measure latency, memory and layers of an artifact, after checking its answers."""
+    from . import pipeline
+
+    report = pipeline.profile(artifact, runtime=runtime, runs=runs, warmup=warmup, threads=threads)
+    if as_json:
+        return _json(report)
+    facts = _table("", report["kind"], title=f"{artifact} for {report['target']}")
+    if "latency_ms" in report:
+        t = report["latency_ms"]
+        facts.add_row("latency", f"p50 {t['p50']:.3f} ms, p90 {t['p90']:.3f} ms, p99 {t['p99']:.3f} ms ({t['runs']} runs)")
+    for key, value in report.items():
+        if isinstance(value, int):
+            facts.add_row(key.replace("_", " "), _count(value))
+    for key, value in report["environment"].items():
+        facts.add_row(key, str(value))
+    _print(facts)
+    if report["layers"]:
+        measured = "instructions" if "instructions" in report["layers"][0] else "ms"
+        layers = _table("layer", "op", "MACs", measured, title="layers")
+        for row in report["layers"]:
+            value = row.get(measured)
+            shown = "" if value is None else f"{value:.4f}" if isinstance(value, float) else _count(value)
+            layers.add_row(row["name"], row["op"], _count(row.get("macs")), shown)
+        _print(layers)
+
+
+@app.command()
+def run(
+    artifact: ArtifactPath,
+    input: Annotated[str, typer.Option("--input", "-i", help="Samples, as for --data.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Outputs by name, .npz.")],
+    runtime: RuntimeName = None,
+    threads: Threads = 1,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Run an artifact on samples and write its outputs."""
+    import numpy as np
+
+    from . import pipeline
+    from .common import files
+
+    if output.suffix != ".npz":
+        raise PlanishError(f"output '{output}' is written as .npz; give it that suffix")
+    files.check_output(output, force)
+    answers = pipeline.run(artifact, input, runtime=runtime, threads=threads)
+    with files.new_file(output, force) as path:
+        np.savez(path, **answers)  # pyright: ignore[reportArgumentType] - stubs take the names for options
+    shapes = {name: list(value.shape) for name, value in answers.items()}
+    if as_json:
+        return _json({"output": str(output), "outputs": shapes})
+    for name, shape in shapes.items():
+        _print(f"{name} {shape} -> {output}")
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(metavar="MODEL|COMPRESSED|ARTIFACT")],
+    data: Data = None,
+    weights: Weights = None,
+    input: Inputs = None,
+    runtime: RuntimeName = None,
+    threads: Threads = 1,
+    as_json: Json = False,
+) -> None:
+    """Accuracy on labelled data, or closeness to the original model."""
+    from . import pipeline
+
+    report = pipeline.evaluate(
+        model, data=data, weights=weights, inputs=_inputs(input), runtime=runtime, threads=threads
+    )
+    if as_json:
+        return _json(report)
+    shown = f"{report['value']:.2%}" if report["metric"] == "accuracy" else f"{report['value']:.6f}"
+    _print(f"{report['metric']} {shown} on {report['n']} samples ({report['runtime']})")
+
+
+@app.command()
+def verify(
+    artifact: ArtifactPath, runtime: RuntimeName = None, threads: Threads = 1, as_json: Json = False
+) -> None:
+    """Check an artifact's hashes and replay its golden inputs; exit 1 when the answers are wrong."""
+    from . import pipeline
+
+    report = pipeline.verify(artifact, runtime=runtime, threads=threads)
+    if as_json:
+        _json(report)
+    else:
+        verdict = "exact" if report["exact"] else f"largest error {report['max_error']:.6g}, {report['bound']:.6g} allowed"
+        _print(f"{'ok' if report['ok'] else 'WRONG'} on {report['runtime']}: {verdict}; {len(report['hashes'])} hashes agree")
+    if not report["ok"]:
+        raise typer.Exit(1)
+
+
+@app.command()
+def targets(name: Annotated[str | None, typer.Argument()] = None, as_json: Json = False) -> None:
+    """List the devices, or show one."""
+    from .targets import target as devices
+
+    if name is not None:
+        return _json(devices.load(name).model_dump(exclude_none=True))
+    found = [devices.load(n) for n in devices.names()]
+    if as_json:
+        return _json({t.name: t.model_dump(exclude_none=True) for t in found})
+    table = _table("target", "core", "features", "flash", "RAM", "format", "device")
+    for t in found:
+        sizes = [f"{m.length // 1024} KiB" if m else "" for m in (t.flash, t.ram)]
+        table.add_row(t.name, t.core, " ".join(t.features), *sizes, t.format, t.title)
+    _print(table)
+
+
+@app.command()
+def recipes(name: Annotated[str | None, typer.Argument()] = None, as_json: Json = False) -> None:
+    """List the bundled recipes, or show one with every field."""
+    from .compress import recipe as bundled
+
+    if name is not None:
+        return _json(bundled.dump(bundled.load(name)))
+    found = [bundled.load(n) for n in bundled.names()]
+    if as_json:
+        return _json({r.name: bundled.dump(r) for r in found})
+    table = _table("recipe", "passes", "what it does")
+    for r in found:
+        table.add_row(r.name, ", ".join(n for n, _ in r.passes), r.description)
+    _print(table)
+
+
+@app.command()
+def demo(
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder to keep the results in.")] = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Compress a trained network, export it for three kinds of device, run each, and compare with the original."""
+    from .demo import demo as demonstration
+
+    report = demonstration.run(output, force)
+    if as_json:
+        return _json(report)
+    _print(demonstration.table(report))
+
+
+def main() -> None:
+    """Entry point: one line on standard error and a non-zero exit for every error that a user can act on."""
+    try:
+        app(standalone_mode=False)
+    except typer.Exit as stop:
+        sys.exit(stop.exit_code)
+    except PlanishError as error:
+        _fail(str(error), 1)
+    except (KeyboardInterrupt, typer.Abort):
+        _fail("interrupted; nothing was written", 130)
+    except Exception as error:
+        if not _is_usage(error):
+            raise
+        _fail(_usage(error), 2)
+
+
+def _is_usage(error: Exception) -> bool:
+    """Whether typer raised the error for a wrong command line (its exception classes come from its own copy of click)."""
+    return hasattr(error, "format_message") and hasattr(error, "exit_code")
+
+
+def _usage(error: Any) -> str:
+    hint = getattr(getattr(error, "ctx", None), "command_path", "planish")
+    return f"{error.format_message()} (see '{hint} --help')"
+
+
+def _fail(message: str, code: int) -> None:
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    sys.exit(code)
+
+
+def _inputs(texts: list[str] | None) -> dict[str, Input] | None:
+    if not texts:
+        return None
+    from .compress.load import parse_input
+
+    return {i.name: i for i in map(parse_input, texts)}
+
+
+def _json(value: dict[str, Any]) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def _print(value: Any) -> None:
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=160)
+    if isinstance(value, Table):
+        console.print(value)
+    else:
+        console.print(value, markup=False, soft_wrap=True)
+
+
+def _table(*columns: str, title: str | None = None) -> Table:
+    table = Table(title=title, title_justify="left", header_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in columns[:-1]:
+        table.add_column(column, no_wrap=True)
+    table.add_column(columns[-1], overflow="fold")
+    return table
+
+
+def _count(value: int | None) -> str:
+    return "" if value is None else f"{value:,}"
+
+
+def _ratio(before: int, after: int) -> str:
+    return f"{before / after:.2f}x less" if after else ""

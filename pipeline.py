@@ -1,0 +1,440 @@
+"""The verbs: compress, export, profile, run, evaluate, verify. The command line and the Python API are these functions."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from safetensors.numpy import save_file
+
+from . import __version__
+from .common import files, plugins
+from .common.errors import PlanishError, listed
+from .common.progress import say, track
+from .compress import compressed as compressed_model
+from .compress import load as loading
+from .compress import recipe as recipes
+from .compress.data import Data, check
+from .compress.load_data import load_data
+from .compress.model import Input, Model, output_names
+from .compress.passes import Context
+from .export import artifact as artifacts
+from .export import cost
+from .export.artifact import Artifact
+from .export.format import Format, Source, Written
+from .export.lowering import to_onnx
+from .runtimes import measure, ort, pt2
+from .runtimes.session import Profile, Runtime, Session
+from .targets import target as targets
+from .targets.target import Target
+
+GOLDEN = 8
+"""samples kept with a model, with its answers"""
+HELD_OUT = 0.1
+"""share of the data that a training recipe never sees, when no test data is given"""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model with the samples that belong to it."""
+
+    model: Model
+    data: Data | None
+    """for calibration and training"""
+    test: Data | None
+    """for accuracy; never trained on"""
+
+
+def compress(
+    model: str,
+    *,
+    target: str = "host",
+    data: str | None = None,
+    test_data: str | None = None,
+    weights: Path | None = None,
+    recipe: str | None = None,
+    output: Path | None = None,
+    inputs: Mapping[str, Input] | None = None,
+    seed: int = 0,
+    force: bool = False,
+) -> dict[str, Any]:
+    """Run a recipe on a checkpoint and write the compressed model to the folder `output`.
+
+    Returns the keys of `planish compress --json`. Raises PlanishError, having written nothing, for input that does not fit.
+    """
+    started = time.perf_counter()
+    if output is not None:
+        files.check_output(output, force)
+    device = targets.load(target)
+    plan = recipes.load(recipe or device.recipe)
+    needy = [name for name, step in plan.passes if step.needs_data]
+    if needy and data is None:
+        raise PlanishError(f"recipe '{plan.name}' needs data for {listed(needy)}; give --data")
+    prepared = _prepare(model, weights, inputs, data, test_data, any(step.trains for _, step in plan.passes))
+    original = prepared.model
+    generator = torch.Generator().manual_seed(seed)
+    result = original
+    for name, step in plan.passes:
+        say(f"{name}")
+        result = step.apply(result, Context(original, prepared.data, device, generator))
+    accuracy = None
+    if prepared.test is not None and prepared.test.labels is not None:
+        scores = [top1(pt2.run(m, prepared.test.inputs), prepared.test.labels) for m in (original, result)]
+        accuracy = {"original": scores[0], "compressed": scores[1], "n": prepared.test.n}
+    samples = prepared.test or prepared.data
+    built = compressed_model.build(
+        result,
+        original,
+        recipes.dump(plan),
+        target,
+        _samples(original, samples),
+        accuracy,
+        __version__,
+    )
+    if output is not None:
+        built.save(output, force)
+    manifest = built.manifest
+    return {
+        "model": model,
+        "target": target,
+        "recipe": plan.name,
+        **manifest["compressed"],
+        "original": manifest["original"],
+        **({"accuracy": accuracy} if accuracy else {}),
+        "seconds": round(time.perf_counter() - started, 3),
+        "peak_memory_bytes": measure.peak_memory(),
+    }
+
+
+def export(
+    model: str,
+    *,
+    target: str = "host",
+    format: str | None = None,
+    output: Path,
+    data: str | None = None,
+    weights: Path | None = None,
+    inputs: Mapping[str, Input] | None = None,
+    force: bool = False,
+) -> dict[str, Any]:
+    """Write the artifact of a compressed model, an ONNX file (float or QDQ) or any other MODEL for a device.
+
+    Returns the keys of `planish export --json`. Raises PlanishError, having written nothing.
+    """
+    files.check_output(output, force)
+    device = targets.load(target)
+    kind = format or device.format
+    writer = plugins.get(f"{__package__}.export", Format, kind, "format")()
+    samples = load_data(data) if data else None
+    with tempfile.TemporaryDirectory() as scratch:
+        source, origin = _source(model, weights, inputs, samples, Path(scratch))
+        with files.new_folder(output, force) as folder:
+            written = writer.write(source, device, folder)
+            manifest = _finish(folder, source, origin, device, kind, written)
+    return {
+        "artifact": str(output),
+        "format": kind,
+        "target": target,
+        "files": sorted(manifest["files"]),
+        "bytes": sum(f["bytes"] for f in manifest["files"].values()),
+        **_known({"flash_bytes": written.flash_bytes, "ram_bytes": written.ram_bytes}),
+        "warnings": list(written.warnings),
+    }
+
+
+def verify(artifact: Path, *, runtime: str | None = None, threads: int = 1) -> dict[str, Any]:
+    """Check every file's hash and replay the golden inputs on the runtime.
+
+    Returns {ok, exact, max_error, bound, runtime, hashes}; `max_error` is the largest absolute difference of an output to the
+    answers that the artifact carries, `bound` the difference that its format allows.
+    """
+    item = artifacts.load(artifact)
+    hashes = item.check()
+    bound = float(item.manifest["max_error"])
+    name = runtime or targets.load(item.target).runtime
+    if not all(hashes.values()):
+        broken = [n for n, same in hashes.items() if not same]
+        raise PlanishError(f"artifact '{artifact}': {listed(broken)} changed since it was written (SHA-256 differs)")
+    golden = item.golden()
+    feeds = {k.removeprefix("input."): v for k, v in golden.items() if k.startswith("input.")}
+    with _open(item, name, threads) as session:
+        answers = session.run(feeds)
+    errors = [
+        float(np.abs(answers[k.removeprefix("expected.")].astype(np.float64) - v).max())
+        for k, v in golden.items()
+        if k.startswith("expected.")
+    ]
+    worst = max(errors)
+    return {
+        "ok": worst <= bound,
+        "exact": worst == 0,
+        "max_error": worst,
+        "bound": bound,
+        "runtime": name,
+        "hashes": hashes,
+    }
+
+
+def profile(
+    artifact: Path, *, runtime: str | None = None, runs: int = 100, warmup: int = 10, threads: int = 1
+) -> dict[str, Any]:
+    """Measure an artifact (or an .onnx file, exported for the host first), after `verify`: a wrong answer is not timed."""
+    if artifact.suffix == ".onnx":
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch) / "artifact"
+            export(str(artifact), output=folder)
+            return profile(folder, runtime=runtime, runs=runs, warmup=warmup, threads=threads)
+    checked = verify(artifact, runtime=runtime, threads=threads)
+    if not checked["ok"]:
+        raise PlanishError(
+            f"artifact '{artifact}' answers wrongly on '{checked['runtime']}': error {checked['max_error']:.6g}, "
+            f"at most {checked['bound']:.6g} is allowed; not timed"
+        )
+    item = artifacts.load(artifact)
+    golden = item.golden()
+    feeds = {k.removeprefix("input."): v[:1] for k, v in golden.items() if k.startswith("input.")}
+    with _open(item, checked["runtime"], threads) as session:
+        found = session.profile(feeds, runs, warmup)
+    return _report(found, item)
+
+
+def run(artifact: Path, inputs: str, *, runtime: str | None = None, threads: int = 1) -> dict[str, np.ndarray]:
+    """Outputs by name for the samples in `inputs` (a data file or `file.py:loader`)."""
+    item = artifacts.load(artifact)
+    feeds = _fitting(item, load_data(inputs))
+    with _open(item, runtime or targets.load(item.target).runtime, threads) as session:
+        return session.run(feeds.inputs)
+
+
+def evaluate(
+    model: str,
+    *,
+    data: str | None = None,
+    weights: Path | None = None,
+    inputs: Mapping[str, Input] | None = None,
+    runtime: str | None = None,
+    threads: int = 1,
+) -> dict[str, Any]:
+    """Accuracy of a model, a compressed model or an artifact on labelled data.
+
+    Without labels: the cosine between its outputs and the original model's, on the golden samples that it carries.
+    Returns {metric, value, n, runtime}. A C artifact is evaluated as compiled for this machine, which gives the
+    device's own integers; name --runtime emulator to run the firmware instead.
+    """
+    samples = load_data(data) if data else None
+    folder = Path(model)
+    if (folder / "manifest.json").is_file() and files.read_json(folder / "manifest.json").get("format") != "compressed":
+        item = artifacts.load(folder)
+        name = runtime or ("c" if item.format == "c" else targets.load(item.target).runtime)
+        golden = item.golden()
+        feeds = _fitting(item, samples) if samples else _golden_inputs(golden, model)
+        with _open(item, name, threads) as session:
+            answers = session.run(feeds.inputs)
+    else:
+        if runtime not in (None, "pt2"):
+            raise PlanishError(f"'{model}' is no artifact; it runs on 'pt2' only, not on '{runtime}'")
+        name = "pt2"
+        golden = dict(compressed_model.load(folder).golden) if folder.is_dir() else {}
+        traced = loading.load(model, weights, inputs, samples)
+        feeds = check(samples, traced) if samples else _golden_inputs(golden, model)
+        answers = pt2.run(traced, feeds.inputs)
+    if feeds.labels is not None:
+        return {"metric": "accuracy", "value": top1(answers, feeds.labels), "n": feeds.n, "runtime": name}
+    if samples is not None:
+        raise PlanishError(f"data '{data}' has no 'labels', which accuracy needs; leave --data out for closeness to the original")
+    originals = {k.removeprefix("original."): v for k, v in golden.items() if k.startswith("original.")}
+    return {"metric": "cosine", "value": cosine(answers, originals), "n": feeds.n, "runtime": name}
+
+
+def top1(outputs: Mapping[str, np.ndarray], labels: np.ndarray) -> float:
+    """Share of samples whose largest score in the first output (n, classes) is the label's."""
+    scores = next(iter(outputs.values()))
+    if scores.ndim != 2:
+        raise PlanishError(f"accuracy needs an output of shape (n, classes); the first output has shape {scores.shape}")
+    return float((scores.argmax(1) == labels).mean())
+
+
+def cosine(outputs: Mapping[str, np.ndarray], originals: Mapping[str, np.ndarray]) -> float:
+    """Least cosine similarity over the outputs, each taken as one vector."""
+    found = []
+    for name, original in originals.items():
+        a, b = outputs[name].astype(np.float64).ravel(), original.astype(np.float64).ravel()
+        norms = float(np.linalg.norm(a) * np.linalg.norm(b))
+        found.append(float(a @ b) / norms if norms else float(np.array_equal(a, b)))
+    return min(found)
+
+
+def _prepare(
+    spec: str,
+    weights: Path | None,
+    inputs: Mapping[str, Input] | None,
+    data: str | None,
+    test_data: str | None,
+    trains: bool,
+) -> Prepared:
+    """Load model and data, check that they fit, and keep test samples apart when the recipe trains."""
+    samples = load_data(data) if data else None
+    test = load_data(test_data) if test_data else None
+    model = loading.load(spec, weights, inputs, samples or test)
+    samples = check(samples, model) if samples else None
+    test = check(test, model) if test else samples
+    if trains and test_data is None and samples is not None:
+        split = max(1, round(samples.n * (1 - HELD_OUT)))
+        samples, test = samples.take(slice(None, split)), samples.take(slice(split, None))
+        say(f"no test data given: the last {test.n} samples are held out of training for the accuracy")
+    return Prepared(model, samples, test if test is not None and test.n else None)
+
+
+def _samples(model: Model, data: Data | None) -> dict[str, np.ndarray]:
+    """The first golden samples of the data; without data, seeded noise (integers: zeros) of the input shapes."""
+    count = GOLDEN if model.batched else model.inputs[0].shape[0]
+    if data is not None and data.n >= count:
+        return {k: v[:count] for k, v in data.inputs.items()}
+    generator = np.random.default_rng(0)
+    shapes = {i.name: ((count, *i.shape[1:]) if model.batched else i.shape, i.dtype) for i in model.inputs}
+    return {
+        name: generator.standard_normal(shape, np.float32)
+        if dtype.is_floating_point
+        else np.zeros(shape, torch.empty(0, dtype=dtype).numpy().dtype)
+        for name, (shape, dtype) in shapes.items()
+    }
+
+
+def _source(
+    spec: str, weights: Path | None, inputs: Mapping[str, Input] | None, data: Data | None, scratch: Path
+) -> tuple[Source, dict[str, Any]]:
+    """What to export, and what the manifest says of its origin."""
+    path = Path(spec)
+    name = "".join(c if c.isalnum() else "_" for c in (path.stem if path.suffix else path.name) or "model").strip("_")
+    name = name if name and name[0].isalpha() else f"model_{name}"
+    if path.suffix == ".onnx":
+        proto = _read_onnx(path)
+        samples = data.inputs if data else _noise(proto, spec)
+        return Source(proto, {k: v[:GOLDEN] for k, v in samples.items()}, name), {"model": spec}
+    if (path / "manifest.json").is_file():
+        item = compressed_model.load(path)
+        golden = {k.removeprefix("input."): v for k, v in item.golden.items() if k.startswith("input.")}
+        origin = {k: item.manifest[k] for k in ("model", "recipe", "original", "compressed", "accuracy", "receipt")}
+        origin["golden_original"] = {k: v for k, v in item.golden.items() if k.startswith("original.")}
+        return Source(to_onnx(item.model), golden, name, path / compressed_model.PROGRAM), origin
+    model = loading.load(spec, weights, inputs, data)
+    samples = check(data, model) if data else None
+    program = scratch / "model.pt2"
+    compressed_model.program_file.save(model.program(), program)
+    return Source(to_onnx(model), _samples(model, samples), name, program), {"model": spec}
+
+
+def _read_onnx(path: Path) -> onnx.ModelProto:
+    try:
+        model = onnx.load(path)
+        onnx.checker.check_model(model)
+    except FileNotFoundError:
+        raise PlanishError(f"model '{path}' does not exist") from None
+    except Exception as error:  # protobuf and the checker raise unrelated types for a damaged file
+        raise PlanishError(f"'{path}' is not a valid ONNX file: {str(error).strip().splitlines()[0][:200]}") from None
+    return model
+
+
+def _noise(model: onnx.ModelProto, spec: str) -> dict[str, np.ndarray]:
+    """Seeded golden samples for an ONNX file that came without data."""
+    generator = np.random.default_rng(0)
+    weights = {i.name for i in model.graph.initializer}
+    found: dict[str, np.ndarray] = {}
+    for value in model.graph.input:
+        if value.name in weights:
+            continue
+        tensor = value.type.tensor_type
+        shape = [d.dim_value for d in tensor.shape.dim]
+        if any(d <= 0 for d in shape[1:]):
+            raise PlanishError(f"'{spec}': input '{value.name}' has a dynamic dimension besides the batch; give --data")
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)
+        full = (shape[0] if shape and shape[0] > 0 else GOLDEN, *shape[1:])
+        noise = generator.standard_normal(full)
+        found[value.name] = (noise if dtype.kind == "f" else np.rint(noise * 32 + 64).clip(0, 127)).astype(dtype)
+    return found
+
+
+def _finish(
+    folder: Path, source: Source, origin: dict[str, Any], device: Target, kind: str, written: Written
+) -> dict[str, Any]:
+    """Add golden.safetensors and manifest.json to a folder that a format has filled."""
+    original = origin.pop("golden_original", {})
+    session = ort.create(source.onnx.SerializeToString(), 1)
+    answers = ort.run(session, source.golden_inputs)
+    names = dict(zip((o.name for o in source.onnx.graph.output), answers.values(), strict=True))
+    golden = {f"input.{k}": v for k, v in source.golden_inputs.items()}
+    golden |= {f"expected.{k}": v for k, v in names.items()} | original
+    save_file({k: np.ascontiguousarray(v) for k, v in sorted(golden.items())}, folder / "golden.safetensors")
+    listing = sorted(p for p in folder.rglob("*") if p.is_file())
+    manifest = {
+        "format": kind,
+        "format_version": artifacts.FORMAT_VERSION,
+        "planish": __version__,
+        "name": source.name,
+        "target": device.name,
+        "inputs": written.inputs,
+        "outputs": written.outputs,
+        "macs": cost.macs(source.onnx),
+        "max_error": written.max_error,
+        "warnings": list(written.warnings),
+        "details": dict(written.details),
+        **_known({"flash_bytes": written.flash_bytes, "ram_bytes": written.ram_bytes}),
+        **origin,
+        "files": {
+            str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": files.sha256(p)} for p in listing
+        },
+    }
+    (folder / "manifest.json").write_text(files.to_json(manifest), encoding="utf-8")
+    return manifest
+
+
+def _open(item: Artifact, name: str, threads: int) -> Session:
+    """The artifact in the runtime called `name`."""
+    runtime = plugins.get(f"{__package__}.runtimes", Runtime, name, "runtime")
+    if item.format not in runtime.formats:
+        raise PlanishError(
+            f"runtime '{name}' runs {listed(runtime.formats)}; artifact '{item.folder}' has format '{item.format}'"
+        )
+    return runtime().open(item, threads)
+
+
+def _fitting(item: Artifact, data: Data) -> Data:
+    """The data's arrays under the artifact's input names, shapes checked."""
+    wanted = {i["name"]: i["shape"] for i in item.inputs}
+    if set(wanted) != set(data.inputs):
+        raise PlanishError(
+            f"data '{data.source}' has the keys {listed(data.inputs, 6)}; the artifact's inputs are {listed(wanted, 6)}"
+        )
+    for name, shape in wanted.items():
+        if list(data.inputs[name].shape[1:]) != shape[1:]:
+            raise PlanishError(
+                f"data '{data.source}': '{name}' has shape {list(data.inputs[name].shape)}; the artifact takes {shape}"
+            )
+    return data
+
+
+def _golden_inputs(golden: Mapping[str, np.ndarray], name: str) -> Data:
+    if not any(k.startswith("original.") for k in golden):
+        raise PlanishError(f"'{name}' carries no answers of an original model to compare with; give --data with labels")
+    return Data({k.removeprefix("input."): v for k, v in golden.items() if k.startswith("input.")}, None, "golden")
+
+
+def _report(found: Profile, item: Artifact) -> dict[str, Any]:
+    """The keys of `planish profile --json`: what is not known for this artifact is left out."""
+    report = _known(dataclasses.asdict(found))
+    report["layers"] = [_known(dataclasses.asdict(layer)) for layer in found.layers]
+    report["environment"] = dict(found.environment)
+    report.setdefault("macs", sum(item.manifest["macs"].values()))
+    return report
+
+
+def _known(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in values.items() if v is not None}
