@@ -18,13 +18,13 @@ from safetensors.numpy import save_file
 from . import __version__
 from .common import files, plugins
 from .common.errors import PlanishError, listed
-from .common.progress import say, track
+from .common.progress import say
 from .compress import compressed as compressed_model
 from .compress import load as loading
 from .compress import recipe as recipes
 from .compress.data import Data, check
 from .compress.load_data import load_data
-from .compress.model import Input, Model, output_names
+from .compress.model import Input, Model
 from .compress.passes import Context
 from .export import artifact as artifacts
 from .export import cost
@@ -249,7 +249,9 @@ def evaluate(
     if feeds.labels is not None:
         return {"metric": "accuracy", "value": top1(answers, feeds.labels), "n": feeds.n, "runtime": name}
     if samples is not None:
-        raise PlanishError(f"data '{data}' has no 'labels', which accuracy needs; leave --data out for closeness to the original")
+        raise PlanishError(
+            f"data '{data}' has no 'labels', which accuracy needs; leave --data out for closeness to the original"
+        )
     originals = {k.removeprefix("original."): v for k, v in golden.items() if k.startswith("original.")}
     return {"metric": "cosine", "value": cosine(answers, originals), "n": feeds.n, "runtime": name}
 
@@ -388,9 +390,7 @@ def _finish(
         "details": dict(written.details),
         **_known({"flash_bytes": written.flash_bytes, "ram_bytes": written.ram_bytes}),
         **origin,
-        "files": {
-            str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": files.sha256(p)} for p in listing
-        },
+        "files": {str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": files.sha256(p)} for p in listing},
     }
     (folder / "manifest.json").write_text(files.to_json(manifest), encoding="utf-8")
     return manifest
