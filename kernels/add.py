@@ -4,7 +4,7 @@ ONNX Runtime's QLinearAdd on x86 with AVX2, which this equals bit for bit, count
 multiply-adds (one rounding each):
 
     ra, rb = float32(a_scale / y_scale), float32(b_scale / y_scale)
-    fixed  = float32(y_zp - float32(ra * a_zp + rb * b_zp))
+    fixed  = float32(y_zp - fma(ra, a_zp, float32(rb * b_zp)))
     y      = saturate(round_half_even(fma(a, ra, fma(b, rb, fixed))))
 """
 
@@ -51,4 +51,4 @@ def factors(node: Node) -> tuple[np.float32, np.float32, np.float32]:
     a_zp, b_zp = (np.float32(z + integer.UNSIGNED) for z in node.attributes["zero_points"])
     ratio_a, ratio_b = a_scale / node.output.scale, b_scale / node.output.scale
     y_zp = np.float32(node.output.zero_point + integer.UNSIGNED)
-    return ratio_a, ratio_b, y_zp - (ratio_a * a_zp + ratio_b * b_zp)
+    return ratio_a, ratio_b, y_zp - np.float32(integer.fma(np.asarray(a_zp), ratio_a, ratio_b * b_zp))

@@ -264,7 +264,7 @@ def reshape(rng: Rng) -> Iterator[Example]:
         ((1, 6, 4, 5), (1, 6, 2, 10)),
     ):
         x = tensor(rng, "x", *a)
-        yield made("Reshape", (x, plain("shape", *b)), tensor(rng, "y", *b, like=x))
+        yield made("Reshape", (x, plain("shape", 0, *b[1:])), tensor(rng, "y", *b, like=x))
     x = tensor(rng, "x", 1, 3, 4, 5)
     yield made("Flatten", (x,), tensor(rng, "y", 1, 60), {"axis": 1})
     x = tensor(rng, "x", 1, 7, 1, 1)
@@ -352,6 +352,86 @@ def random_inputs(rng: Rng, node: Node, batch: int) -> list[np.ndarray]:
     return [rng.integers(-128, 128, (batch, *t.shape[1:])).astype(np.int8) for t in node.inputs]
 
 
+def qdq(op: FloatOp, batch: int) -> Any:
+    """The ONNX model of one op between dequantize and quantize, activations as uint8: what ONNX Runtime fuses on x86."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    nodes: list[Any] = []
+    constants: dict[str, np.ndarray] = {}
+    graph_inputs: list[Any] = []
+
+    def parameters(name: str, scale: Any, zero: Any) -> list[str]:
+        constants[f"{name}_scale"], constants[f"{name}_zero"] = scale, zero
+        return [f"{name}_scale", f"{name}_zero"]
+
+    names: list[str] = []
+    seen: dict[str, str] = {}
+    for i, value in enumerate(op.inputs):
+        name = f"in{i}"
+        if value is None:
+            names.append("")
+        elif isinstance(value, Tensor):
+            if value.name not in seen:
+                seen[value.name] = f"{name}_real"
+                graph_inputs.append(helper.make_tensor_value_info(name, TensorProto.UINT8, [batch, *value.shape[1:]]))
+                pair = parameters(name, np.float32(value.scale), np.uint8(value.zero_point + 128))
+                nodes.append(helper.make_node("DequantizeLinear", [name, *pair], [f"{name}_real"]))
+            names.append(seen[value.name])
+        elif value.scale is None or value.zero_point is None:
+            constants[name] = value.values
+            names.append(name)
+        else:
+            activation = op.type in ("Add", "Mul")  # a constant operand must have the activations' type
+            unsigned = activation or bool(value.zero_point.any())
+            move = 128 if unsigned else 0
+            kind = np.uint8 if unsigned else value.values.dtype
+            constants[name] = (value.values.astype(np.int32) + move).astype(kind)
+            scale, zero = value.scale, (value.zero_point + move).astype(kind)
+            if scale.size == 1 and op.type != "Gemm":
+                scale, zero = scale.reshape(()), zero.reshape(())
+            pair = parameters(name, scale, zero)
+            nodes.append(helper.make_node("DequantizeLinear", [name, *pair], [f"{name}_real"], axis=value.axis))
+            names.append(f"{name}_real")
+    attributes = dict(op.attributes)
+    nodes.append(helper.make_node(op.type, names, ["real"], **attributes))
+    last = "real"
+    if op.low > -INF or op.high < INF:
+        bounds = []
+        for name, value in (("low", op.low), ("high", op.high)):
+            if np.isfinite(value):
+                constants[name] = np.float32(value)
+            bounds.append(name if np.isfinite(value) else "")
+        relu = op.low == 0 and op.high == INF
+        nodes.append(helper.make_node("Relu" if relu else "Clip", [last] if relu else [last, *bounds], ["kept"]))
+        last = "kept"
+    pair = parameters("y", np.float32(op.output.scale), np.uint8(op.output.zero_point + 128))
+    nodes.append(helper.make_node("QuantizeLinear", [last, *pair], ["y"]))
+    y = helper.make_tensor_value_info("y", TensorProto.UINT8, None)
+    initializers = [numpy_helper.from_array(np.asarray(v), k) for k, v in constants.items()]
+    graph = helper.make_graph(nodes, "one", graph_inputs, [y], initializers)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+
+
+def onnxruntime_codes(op: FloatOp, inputs: list[np.ndarray], folder: Any) -> tuple[np.ndarray, list[str]]:
+    """int8 codes that ONNX Runtime gives for int8 codes of the distinct inputs, and the op types it really ran."""
+    import onnx
+    import onnxruntime
+
+    path = str(folder / "optimized.onnx")
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = 1
+    options.optimized_model_filepath = path
+    model = qdq(op, len(inputs[0])).SerializeToString()
+    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    feed = {
+        i.name: (x.astype(np.int16) + 128).astype(np.uint8) for i, x in zip(session.get_inputs(), inputs, strict=True)
+    }
+    y = session.run(None, feed)[0]
+    kinds = [n.op_type for n in onnx.load(path).graph.node]
+    return (np.asarray(y).astype(np.int16) - 128).astype(np.int8), kinds
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "op_name" in metafunc.fixturenames:
         metafunc.parametrize("op_name", sorted(ops()))
@@ -363,6 +443,10 @@ class Bench:
     examples = staticmethod(examples)
     node_of = staticmethod(node_of)
     random_inputs = staticmethod(random_inputs)
+    onnxruntime_codes = staticmethod(onnxruntime_codes)
+    made = staticmethod(made)
+    convolution = staticmethod(convolution)
+    linear = staticmethod(linear)
     layout = layout
 
     @staticmethod
