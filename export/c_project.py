@@ -1,0 +1,220 @@
+"""The generated C project: identifiers, layer structs and memory, ready for the templates in c_templates/."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from .. import kernels
+from ..kernels import layout
+from ..kernels.op import Call, Node, Tensor
+from . import memory
+from .graph import Array, Graph, Port
+
+KERNELS = Path(kernels.__file__).parent / "c"
+TYPES = {"float32": "float", "int32": "int32_t", "int16": "int16_t", "int8": "int8_t", "uint8": "uint8_t"}
+"""C type of an array by numpy dtype"""
+RESERVED_WORDS = (
+    "auto break case char const continue default do double else enum extern float for goto if inline int long "
+    "register restrict return short signed sizeof static struct switch typedef union unsigned void volatile "
+    "while asm typeof main bool true false arena planish kernels firmware startup linux unix errno stdin "
+    "stdout stderr code value low high layer"
+)
+RESERVED = frozenset(RESERVED_WORDS.split())
+"""identifiers that generated names avoid: C keywords, and what the project itself defines"""
+LONGEST = 48
+
+
+def identifier(text: str, taken: set[str]) -> str:
+    """A C identifier for any text, different from all in `taken`, to which it is added."""
+    base = re.sub(r"[^a-z0-9]+", "_", text.lower()).strip("_")[-LONGEST:].strip("_") or "unnamed"
+    if not base[0].isalpha():
+        base = f"n_{base}"
+    name, count = base, 1
+    while name in taken or name in RESERVED or name.startswith(("int8_t", "int16_t", "int32_t", "uint8_t")):
+        count += 1
+        name = f"{base}_{count}"
+    taken.add(name)
+    return name
+
+
+@dataclass(frozen=True)
+class CArray:
+    """A constant array in flash."""
+
+    member: str
+    """pointer member of the layer struct"""
+    name: str
+    type: str
+    values: Array
+    comment: str
+
+    @property
+    def lines(self) -> list[str]:
+        """The initializer, at most about 110 characters a line."""
+        flat = self.values.reshape(-1)
+        items = [number(v) for v in flat] if self.values.dtype.kind == "f" else [str(v) for v in flat.tolist()]
+        per_line = max(1, 108 // (max(len(i) for i in items) + 2))
+        return [", ".join(items[i : i + per_line]) + "," for i in range(0, len(items), per_line)]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One call of the generated code."""
+
+    index: int
+    node: Node
+    call: Call
+    name: str
+    """of the layer struct"""
+    fields: Mapping[str, str]
+    arrays: tuple[CArray, ...]
+    arguments: tuple[str, ...]
+    """C expressions: inputs, output, scratch"""
+    sources: tuple[str, ...]
+    """C expressions of the inputs when the kernel takes them as one array"""
+    comment: str
+    macs: int
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """A tensor's place in the arena."""
+
+    name: str
+    tensor: Tensor
+    offset: int
+    comment: str
+
+
+@dataclass(frozen=True)
+class Border:
+    """An input or output of the model as the header shows it."""
+
+    port: Port
+    suffix: str
+    """'' when it is the only one, else '_<name>'"""
+    offset: int
+    layout: str
+
+    @property
+    def size(self) -> int:
+        """Codes, which are bytes."""
+        return self.port.tensor.size
+
+    @property
+    def scale(self) -> str:
+        """As a C constant."""
+        return number(self.port.tensor.scale)
+
+    @property
+    def order(self) -> str:
+        """Shape of the codes in memory."""
+        return shape_text(tuple(self.port.shape[a] for a in self.port.order))
+
+
+@dataclass(frozen=True)
+class Project:
+    """Everything the templates print."""
+
+    name: str
+    title: str
+    graph: Graph
+    memory: memory.Memory
+    layers: tuple[Layer, ...]
+    buffers: tuple[Buffer, ...]
+    scratch: Mapping[str, int]
+    """offset by identifier"""
+    inputs: tuple[Border, ...]
+    outputs: tuple[Border, ...]
+
+    @property
+    def kernel_sources(self) -> list[str]:
+        """Files of kernels/c that are needed, sorted."""
+        return sorted({s for layer in self.layers for s in layer.call.sources})
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all constant arrays."""
+        return sum(a.values.nbytes for layer in self.layers for a in layer.arrays)
+
+
+def build(graph: Graph, title: str) -> Project:
+    """The project for a deployment graph. Identifiers come from the model's names."""
+    name = identifier(title, set())
+    calls = {n.name: graph.ops[n.op].call(n) for n in graph.nodes if not graph.alias(n)}
+    plan = memory.of(graph, calls)
+    taken: set[str] = set()
+    tensors = {t: identifier(t, taken) for t in graph.tensors}
+    root: dict[str, str] = {}
+    for node in graph.nodes:
+        if node.name not in calls:
+            root[node.output.name] = root.get(node.inputs[0].name, node.inputs[0].name)
+    pointer = {t: tensors[root.get(t, t)] for t in tensors}
+    layers: list[Layer] = []
+    scratch: dict[str, int] = {}
+    for node in graph.nodes:
+        if node.name in calls:
+            layers.append(_layer(graph, node, calls[node.name], len(layers), pointer, taken, name))
+            if calls[node.name].scratch:
+                scratch[f"{layers[-1].name}_scratch"] = plan.scratch[node.name]
+    used = {a for layer in layers for a in (*layer.arguments, *layer.sources)}
+    buffers = [
+        Buffer(tensors[t.name], t, plan.offsets[t.name], shape_text(layout.memory_shape(t.shape)))
+        for t in graph.tensors.values()
+        if t.name not in root and tensors[t.name] in used
+    ]
+    inputs, outputs = (_borders(ports, plan) for ports in (graph.inputs, graph.outputs))
+    return Project(name, title, graph, plan, tuple(layers), tuple(buffers), scratch, inputs, outputs)
+
+
+def _layer(
+    graph: Graph, node: Node, call: Call, index: int, pointer: Mapping[str, str], taken: set[str], model: str
+) -> Layer:
+    name = identifier(node.name, taken)
+    arrays = tuple(
+        CArray(member, f"{model}_{name}_{member}", TYPES[str(values.dtype)], values, call.comments.get(member, ""))
+        for member, values in call.arrays.items()
+    )
+    inputs = tuple(pointer[t.name] for t in node.inputs)
+    ends = [pointer[node.output.name], *([f"{name}_scratch"] if call.scratch else [])]
+    arguments = (f"{name}_inputs" if call.input_array else None, *ends)
+    listed = tuple(a for a in arguments if a is not None) if call.input_array else (*inputs, *ends)
+    shapes = ", ".join(shape_text(layout.memory_shape(t.shape)) for t in node.inputs)
+    comment = f"{node.name}: {node.op}, {shapes} -> {shape_text(layout.memory_shape(node.output.shape))}"
+    fields = {k: number(v) if isinstance(v, float | np.floating) else str(v) for k, v in call.fields.items()}
+    sources = inputs if call.input_array else ()
+    return Layer(index, node, call, name, fields, arrays, listed, sources, safe(comment), graph.ops[node.op].macs(node))
+
+
+def _borders(ports: Iterable[Port], plan: memory.Memory) -> tuple[Border, ...]:
+    ports, taken = tuple(ports), set[str]()
+    return tuple(
+        Border(
+            port,
+            f"_{identifier(port.name, taken)}" if len(ports) > 1 else "",
+            plan.offsets[port.tensor.name],
+            "NHWC" if len(port.shape) == 4 and port.order == layout.CHANNELS_LAST else "row-major",
+        )
+        for port in ports
+    )
+
+
+def safe(text: str) -> str:
+    """Text that cannot end the comment it stands in."""
+    return text.replace("*/", "* /").replace("/*", "/ *").replace("\n", " ")
+
+
+def shape_text(shape: tuple[int, ...]) -> str:
+    """'32 x 32 x 16': the dimensions after the batch."""
+    return " x ".join(str(d) for d in (shape[1:] if len(shape) > 1 else shape))
+
+
+def number(value: float | np.floating) -> str:
+    """A C float constant that reads back as the same bits."""
+    text = np.format_float_scientific(np.float32(value), unique=True, trim="0")
+    return f"{text}f"
