@@ -49,12 +49,13 @@ class Onnx(Format):
 
 
 def optimized(path: Path) -> onnx.ModelProto:
-    """The graph that ONNX Runtime runs for the file on this machine, after all of its optimizations."""
+    """The graph that ONNX Runtime runs for the file on this machine, before it changes layouts (which renames nodes)."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = 1
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     with tempfile.TemporaryDirectory() as scratch:
         options.optimized_model_filepath = str(Path(scratch) / "optimized.onnx")
         ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

@@ -1,0 +1,146 @@
+"""Static quantization: where the pairs go, what stays float and says so, and how close the result is."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from planish.compress.data import Data
+from planish.compress.model import trace
+from planish.compress.passes import Context
+from planish.compress.quantize.observers import BINS, Statistics, choose
+from planish.compress.quantize.static import Static
+from planish.targets import target
+from torch import nn
+
+
+def error_db(model, reference, images):
+    x = torch.from_numpy(images.inputs["image"])
+    with torch.no_grad():
+        want, got = reference(x), model(x)
+    return float(10 * torch.log10((want**2).sum() / ((got - want) ** 2).sum()))
+
+
+def test_quantized_model_is_close_and_small(residual, quantized, images):
+    assert error_db(quantized, residual, images) > 30
+    assert quantized.bytes() < 0.35 * residual.bytes()
+
+
+def test_every_weight_is_integer_and_in_the_receipt(quantized):
+    assert not dict(quantized.graph.named_parameters())
+    assert {b.dtype for n, b in quantized.graph.named_buffers() if n.endswith("weight_codes")} == {torch.int8}
+    assert {b.dtype for n, b in quantized.graph.named_buffers() if n.endswith("bias_codes")} == {torch.int32}
+    done = {e.tensor for e in quantized.receipt if e.action == "quantized"}
+    assert {"stem.weight", "depthwise.weight", "head.bias", "image"} <= done
+
+
+def test_no_float_arithmetic_is_left_between_the_pairs(quantized):
+    """Every arithmetic op reads dequantized tensors only, and a quantize reads its result, a clip apart."""
+    arithmetic = ("conv2d", "linear", "add", "cat", "adaptive_avg_pool2d")
+    for node in quantized.graph.graph.nodes:
+        if node.op == "call_function" and node.target._opname in arithmetic:
+            assert all(a.target is torch.ops.planish.dequantize.default for a in node.all_input_nodes), node
+            reader = next(iter(node.users))
+            if reader.target._opname in ("relu", "hardtanh", "relu6"):
+                reader = next(iter(reader.users))
+            assert reader.target is torch.ops.planish.quantize.default, node
+
+
+def test_moved_tensors_keep_the_codes_of_their_source(quantized):
+    """Slice, pad and max pool read and write with one scale and zero point."""
+    for node in quantized.graph.graph.nodes:
+        if node.op == "call_function" and node.target._opname in ("slice", "pad", "max_pool2d"):
+            source = node.args[0]
+            while source.target is not torch.ops.planish.dequantize.default:
+                source = source.args[0]
+            reader = next(iter(node.users))
+            while reader.target is not torch.ops.planish.quantize.default:
+                reader = next(iter(reader.users))
+            assert [str(a.target) for a in source.args[1:3]] == [str(a.target) for a in reader.args[1:3]]
+
+
+def test_bias_correction_restores_the_mean_output(residual, images, context):
+    """With coarse weights (the mean shift shows), the mean output is nearer to the float model's."""
+    x = torch.from_numpy(images.inputs["image"])
+    with torch.no_grad():
+        want = residual(x).mean(0)
+        shifts = [
+            (Static(bias_correction=b).apply(residual, dataclasses.replace(context, generator=torch.Generator()))(x).mean(0) - want).abs().mean()
+            for b in (False, True)
+        ]  # fmt: skip
+    assert shifts[1] < shifts[0] * 1.05
+
+
+def test_skipped_and_unknown_layers_stay_float_with_a_reason(images):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Conv2d(3, 8, 3)
+            self.second = nn.Conv2d(8, 8, 3)
+
+        def forward(self, image):
+            return torch.cumsum(self.second(torch.relu(self.first(image))), 1)
+
+    model = trace(Net(), {"image": torch.zeros(1, 3, 16, 16)}, "net")
+    context = Context(model, images, target.load("host"), torch.Generator())
+    result = Static(skip=("first",)).apply(model, context)
+    left = {e.tensor: e.reason for e in result.receipt if e.action == "left"}
+    assert "skipped by the recipe" in left["first.weight"]
+    assert any("cumsum" in reason for reason in left.values())
+    assert "first.weight" in dict(result.graph.named_parameters())
+
+
+def test_same_seed_same_bytes(residual, images, context):
+    results = [
+        Static(samples=32).apply(residual, dataclasses.replace(context, generator=torch.Generator().manual_seed(3)))
+        for _ in range(2)
+    ]
+    first, second = (dict(r.graph.named_buffers()) for r in results)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[k], second[k]) for k in first)
+
+
+def statistics(values):
+    low, high = float(values.min()), float(values.max())
+    return Statistics(low, high, torch.histc(values, BINS, low, high).double())
+
+
+def test_observers_order_on_a_tensor_with_outliers():
+    """A few large values: min-max keeps them, percentile and least error cut; least error has the least error."""
+    values = torch.randn(100_000, generator=torch.Generator().manual_seed(0))
+    values[:5] = 100.0
+    stats = statistics(values)
+    ranges = {name: choose(stats, name, 99.9, 256) for name in ("minmax", "percentile", "mse")}
+    assert ranges["minmax"][1] == 100.0
+    assert ranges["percentile"][1] < 5
+    errors = {}
+    for name, (low, high) in ranges.items():
+        scale = (high - low) / 255
+        zero = round(-low / scale)
+        codes = torch.clamp(torch.round(values / scale) + zero, 0, 255)
+        errors[name] = float((((codes - zero) * scale - values) ** 2).mean())
+    assert errors["mse"] <= min(errors.values()) * 1.001
+
+
+@pytest.mark.parametrize("values", [torch.zeros(10), torch.full((10,), 3.0), torch.tensor([1.0, 2.0])])
+@pytest.mark.parametrize("observer", ["minmax", "percentile", "mse"])
+def test_a_range_always_contains_zero(values, observer):
+    low, high = choose(statistics(values), observer, 99.99, 256)
+    assert low <= 0 <= high
+
+
+def test_constant_activations_are_quantized_without_failure(images):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 1)
+            nn.init.zeros_(self.conv.weight)
+            nn.init.zeros_(self.conv.bias)
+
+        def forward(self, image):
+            return self.conv(image)
+
+    model = trace(Net(), {"image": torch.zeros(1, 3, 16, 16)}, "net")
+    data = Data({"image": np.zeros((4, 3, 16, 16), np.float32)}, None, "zeros")
+    result = Static().apply(model, Context(model, data, target.load("host"), torch.Generator()))
+    assert torch.equal(result(torch.zeros(2, 3, 16, 16)), torch.zeros(2, 4, 16, 16))
