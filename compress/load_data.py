@@ -69,12 +69,13 @@ def _from_file(path: Path) -> dict[str, np.ndarray]:
     try:
         if path.suffix == ".safetensors":
             return safetensors.numpy.load_file(path)
-        with np.load(path, allow_pickle=False) as file:
-            if not isinstance(file, np.lib.npyio.NpzFile):
+        with path.open("rb") as raw:  # np.load would leave a damaged file open
+            found = np.load(raw, allow_pickle=False)
+            if isinstance(found, np.ndarray):
                 raise PlanishError(
                     f"data '{path}' is a single array without a name; an .npz of named arrays is expected"
                 )
-            return {name: file[name] for name in file.files}
+            return {name: found[name] for name in found.files}
     except (
         safetensors.SafetensorError,
         zipfile.BadZipFile,

@@ -676,11 +676,15 @@ def _slice(n: Node) -> Any:
     for axis, start, end, step in zip(
         axes or range(len(starts)), starts, ends, steps or [1] * len(starts), strict=True
     ):
-        if step < 1:
-            raise Unsupported(f"step {step}; a positive step is accepted")
         index: list[Any] = [slice(None)] * rank
-        index[axis] = slice(start, None if isinstance(end, int) and end >= 2**31 - 1 else end, step)
-        x = x[tuple(index)]
+        open_end = isinstance(end, int) and (end >= 2**31 - 1 or (step < 0 and end <= -(2**31) + 1))
+        index[axis] = slice(start, None if open_end else end, step)
+        if isinstance(x, torch.Tensor):  # numpy knows negative steps
+            x = torch.from_numpy(x.numpy()[tuple(index)].copy())
+        elif step < 1:
+            raise Unsupported(f"step {step}; a positive step is accepted")
+        else:
+            x = x[tuple(index)]
     return x
 
 

@@ -51,10 +51,7 @@ def _pickle(path: Path) -> object:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        named = re.search(
-            r"GLOBAL (\S+) was not an allowed|allowed global by default: (\S+)|Unsupported class (\S+)|Trying to \w+ (\S+)",
-            str(error),
-        )
+        named = re.search(r"GLOBAL (\S+)|but got <class '(\S+)'>", str(error))
         if named:
             what = next(g for g in named.groups() if g)
             raise PlanishError(

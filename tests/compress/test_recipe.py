@@ -6,7 +6,6 @@ from typing import Any, ClassVar, Literal
 
 import pydantic
 import pytest
-
 from planish.common.errors import PlanishError
 from planish.compress import recipe
 from planish.compress.model import Model
@@ -68,7 +67,9 @@ def test_dump_writes_every_field_and_reads_back() -> None:
     found = recipe.parse("name: a\npasses: [prune.channels]", "x.yaml")
     written = recipe.dump(found)
     assert written["passes"] == [{"prune.channels": {"criterion": "l1", "macs": 0.5, "skip": []}}]
-    assert recipe.parse(yaml.safe_dump(written).replace("description: ''", "description: d"), "y").passes == found.passes
+    assert (
+        recipe.parse(yaml.safe_dump(written).replace("description: ''", "description: d"), "y").passes == found.passes
+    )
 
 
 @pytest.mark.parametrize(
@@ -89,7 +90,11 @@ def test_dump_writes_every_field_and_reads_back() -> None:
         ("name: [x]\npasses:\n  - distill\n", 1, "a list stands where a text"),
         ("name: 3\npasses:\n  - distill\n", 1, "'3' stands where a text"),
         ("name: x\nname: y\npasses:\n  - distill\n", 2, "'name' occurs twice, first on line 1"),
-        ("name: x\npasses:\n  - distil\n", 3, "unknown pass 'distil'; accepted: prune.channels, distill, quantize.static"),
+        (
+            "name: x\npasses:\n  - distil\n",
+            3,
+            "unknown pass 'distil'; accepted: prune.channels, distill, quantize.static",
+        ),
         ("name: x\npasses:\n  - distill:\n      epoch: 1\n", 4, "no field 'epoch'; accepted: epochs, rate"),
         ("name: x\npasses:\n  - quantize.static: {bits: 8}\n", 3, "no field 'bits'; accepted: none"),
         ("name: x\npasses:\n  - distill:\n      rate: 0.1\n      epochs: many\n", 5, "found 'many'; accepted: int"),
