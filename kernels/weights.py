@@ -75,7 +75,7 @@ def _bias(bias: Tensor | Constant | None, scale: Array, outputs: int) -> Array:
         raise Unsupported(f"its bias has {values.size} elements; {outputs} are expected")
     values = np.broadcast_to(values, (outputs,))
     if bias.scale is None:
-        real = values.astype(np.float64)
+        real = values.astype(np.float32)
     else:
         own = bias.scale.reshape(-1)
         zero = np.zeros(1, np.int32) if bias.zero_point is None else bias.zero_point.reshape(-1)
@@ -83,7 +83,7 @@ def _bias(bias: Tensor | Constant | None, scale: Array, outputs: int) -> Array:
         if not zero.any() and np.allclose(own, scale, rtol=1e-5, atol=0):
             return values.astype(np.int32)
         real = (values.astype(np.float64) - zero) * own
-    codes = np.rint(real / scale.astype(np.float64))
+    codes = np.rint(real / scale.astype(real.dtype))  # float bias: a float32 division, as QuantizeLinear does
     if (np.abs(codes) >= 2**31).any():
         raise Unsupported("its bias does not fit 32 bits at the scale of the products")
     return codes.astype(np.int32)

@@ -38,12 +38,13 @@ static inline int8_t planish_requantize(int32_t sum, float rescale, float low, f
     return (int8_t)(planish_round(planish_clamp((float)sum * rescale, low, high)) + zero_point);
 }
 
-/* a * b + c, rounded once. Without an instruction for it the sum is rounded to odd in double precision, which makes the
+/* a * b + c, rounded once. Where no instruction is used the sum is rounded to odd in double precision, which makes the
  * second rounding harmless (Boldo and Melquiond 2008); the product of two floats is exact there. */
 static inline float planish_fma(float a, float b, float c)
 {
-#if defined(__FP_FAST_FMAF) || defined(__ARM_FEATURE_FMA)
-    return __builtin_fmaf(a, b, c);
+#if defined(__arm__) && defined(__ARM_FEATURE_FMA) && defined(__ARM_FP) && (__ARM_FP & 4)
+    __asm__("vfma.f32 %0, %1, %2" : "+t"(c) : "t"(a), "t"(b)); /* the built-in may become a library call */
+    return c;
 #else
     union { double f; uint64_t i; } total;
     double product = (double)a * (double)b;

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -66,13 +67,25 @@ def harness(bench: Any) -> tuple[str, dict[str, list[tuple[Node, Call | None]]]]
     return "\n".join(text) + "\n", nodes
 
 
-@pytest.fixture(scope="session")
-def library(bench: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[ctypes.CDLL, dict[str, Any]]:
+@pytest.fixture(scope="session", params=["-O2", "-O3 -march=native"])
+def library(
+    request: pytest.FixtureRequest, bench: Any, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[ctypes.CDLL, dict[str, Any]]:
+    """The kernels and the examples, plainly optimized and with everything that the compiler can do on this CPU."""
     folder = tmp_path_factory.mktemp("kernels")
     text, nodes = harness(bench)
     (folder / "harness.c").write_text(text)
     sources = [str(p) for p in sorted(C.glob("*.c"))]
-    command = [*compiler(), *FLAGS, "-O2", "-shared", "-fPIC", f"-I{C}", *sources, str(folder / "harness.c")]
+    command = [
+        *compiler(),
+        *FLAGS,
+        *request.param.split(),
+        "-shared",
+        "-fPIC",
+        f"-I{C}",
+        *sources,
+        str(folder / "harness.c"),
+    ]
     done = subprocess.run([*command, "-o", str(folder / "kernels.so")], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[:2000]
     return ctypes.CDLL(str(folder / "kernels.so")), nodes
@@ -199,3 +212,31 @@ def test_sanitizers_find_nothing(name: str, bench: Any, tmp_path: Path) -> None:
     assert built.returncode == 0, built.stderr[:2000]
     done = subprocess.run([str(tmp_path / "main")], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[:3000]
+
+
+@pytest.mark.parametrize(
+    ("target", "cpu"),
+    [
+        ("thumb-freestanding-eabi", "cortex_m0plus"),
+        ("thumb-freestanding-eabihf", "cortex_m4+vfp4d16sp"),
+        ("thumb-freestanding-eabihf", "cortex_m7+fp_armv8d16sp-fp64"),
+        ("thumb-freestanding-eabihf", "cortex_m33+fp_armv8d16sp"),
+    ],
+)
+def test_compiles_for_microcontrollers_without_a_c_library(target: str, cpu: str, tmp_path: Path) -> None:
+    """Freestanding, with no header but stdint.h; with an FPU no arithmetic is a library call."""
+    pytest.importorskip("ziglang", reason="ziglang is not installed (extra 'mcu')")
+    elffile = pytest.importorskip("elftools.elf.elffile", reason="pyelftools is not installed (extra 'mcu')")
+    for source in sorted(C.glob("*.c")):
+        out = tmp_path / f"{source.stem}.o"
+        command = [sys.executable, "-m", "ziglang", "cc", "-target", target, f"-mcpu={cpu}", *FLAGS, "-O2"]
+        done = subprocess.run(
+            [*command, "-c", str(source), "-o", str(out)], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, f"{source.name}: {done.stderr[:2000]}"
+        with out.open("rb") as file:
+            symbols = elffile.ELFFile(file).get_section_by_name(".symtab").iter_symbols()
+            outside = {s.name for s in symbols if s["st_shndx"] == "SHN_UNDEF" and s.name}
+        assert all(n.startswith("__aeabi_") for n in outside), outside
+        if "+" in cpu:
+            assert all(n.startswith(("__aeabi_unwind", "__aeabi_mem")) for n in outside), outside
