@@ -1,0 +1,39 @@
+"""The one place that imports TVM: its namespaces moved between releases, and the rest of planish should not notice.
+
+TVM 0.27 names: `tirx` (was tir), `s_tir` (schedules), targets as dictionaries, `relax` for graphs.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+from ..common.errors import PlanishError, missing_extra
+
+TESTED = "0.27"
+"""the release series whose graph importer, schedules and file format were tested"""
+
+
+def load() -> Any:
+    """TVM's parts under stable names. Raises Missing without TVM, PlanishError for a release that was not tested."""
+    try:
+        import tvm
+        from tvm import relax, s_tir, te, tirx, topi
+        from tvm.relax.frontend.onnx import from_onnx
+    except ImportError as error:
+        raise missing_extra("apache-tvm", "tvm", "the TVM format and runtime") from error
+    if not tvm.__version__.startswith(TESTED):
+        raise PlanishError(f"apache-tvm {tvm.__version__} is installed; planish was tested with {TESTED}.*")
+    return SimpleNamespace(
+        tvm=tvm,
+        relax=relax,
+        s_tir=s_tir,
+        te=te,
+        tirx=tirx,
+        topi=topi,
+        from_onnx=from_onnx,
+        Schedule=s_tir.Schedule,
+        ScheduleError=s_tir.ScheduleError,
+        PrimFunc=tirx.PrimFunc,
+        Target=tvm.target.Target,
+    )

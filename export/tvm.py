@@ -1,0 +1,216 @@
+"""`tvm`: a shared library compiled for the target by TVM, every kernel with a schedule; runs on the TVM runtime.
+
+Cross compiling needs no system toolchain: LLVM inside TVM makes the objects, the `ziglang` wheel links them.
+"""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from ..common.errors import PlanishError, listed, missing_extra
+from ..targets.target import Target
+from . import _tvm_compat, tuning, tvm_import, tvm_schedule
+from .format import Format, Source, Written
+
+LIBRARY = "model.so"
+UNSCHEDULED_FACTOR = 65
+"""how much slower than ONNX Runtime TVM's own loops are: ResNet-20, one thread, AVX-512 (benchmarks/tvm.py prints it)"""
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A model ready to be written as a library."""
+
+    executable: Any
+    """relax.VMExecutable"""
+    kernels: dict[str, tvm_schedule.Scheduled]
+    """by the name under which the virtual machine calls them"""
+    layers: list[tvm_import.Layer]
+    """how each op of the quantized graph is computed; empty for a float model"""
+    workspace_bytes: int
+    """activations and temporaries that are alive at once, as TVM planned them"""
+
+
+@dataclass(frozen=True)
+class Tvm(Format):
+    """Writes model.so. Quantized models compute with whole numbers carried in float32 (see tvm_import)."""
+
+    tune_trials: int = 0
+    """tilings to measure for each workload without a record; only where the target is this machine"""
+    seed: int = 0
+    """of the choice of tilings"""
+
+    def write(self, source: Source, target: Target, folder: Path) -> Written:
+        """Compile for `target`, batch 1, and link `model.so`. Raises as `Format.write` does, and Missing without TVM or zig."""
+        llvm = llvm_target(target)
+        fixed = tvm_import.fix_batch(source.onnx)
+        records = tuning.shipped(tvm_schedule.vector_unit(target).lanes)
+        if self.tune_trials:
+            if target.kind != "host":
+                raise PlanishError(f"tune_trials measures on this machine; target '{target.name}' is another one")
+            records |= tuning.tune(source.onnx, target, self.tune_trials, self.seed).tilings()
+        compiled = compile_model(fixed, target, records)
+        library = folder / LIBRARY
+        link(compiled.executable, target, library)
+        kernels = compiled.kernels
+        rows = [_row(name, s) for name, s in sorted(kernels.items())]
+        bare = [name for name, s in kernels.items() if s.origin == "none" and s.workload is not None]
+        warnings = []
+        if any(s.workload and s.workload.macs for n, s in kernels.items() if n in bare):
+            warnings.append(
+                f"no schedule fits {listed(bare)}: they keep TVM's plain loops, about {UNSCHEDULED_FACTOR} times slower "
+                "than ONNX Runtime"
+            )
+        measured_here = target.kind == "host"
+        if not measured_here:
+            warnings.append(
+                f"the schedule was not measured on '{target.name}': it is the default for its vector registers"
+            )
+        return Written(
+            inputs=_described(fixed.graph.input, {t.name for t in fixed.graph.initializer}),
+            outputs=_described(fixed.graph.output, set()),
+            flash_bytes=library.stat().st_size,
+            ram_bytes=compiled.workspace_bytes,
+            details={
+                "batch": 1,
+                "tvm": _tvm_compat.load().tvm.__version__,
+                "llvm_target": llvm,
+                "schedule": dict(Counter(s.origin for s in kernels.values())),
+                "schedule_measured_on_target": measured_here and any(s.origin == "record" for s in kernels.values()),
+                "kernels": rows,
+                "quantized": _arithmetic(compiled.layers),
+            },
+            warnings=tuple(warnings),
+        )
+
+
+def llvm_target(target: Target) -> dict[str, Any]:
+    """TVM's target for a device. Raises PlanishError for one that LLVM on Linux does not serve here."""
+    ir = _tvm_compat.load()
+    if target.kind == "host":
+        cpu = str(ir.tvm.get_global_func("target.llvm_get_system_cpu")())
+        return {"kind": "llvm", "mtriple": _linux(target), "mcpu": cpu}
+    if target.kind != "cpu" or not target.triple or not target.cpu:
+        raise PlanishError(
+            f"target '{target.name}' is a {target.kind} without triple and cpu; the tvm format compiles for CPUs"
+        )
+    return {"kind": "llvm", "mtriple": _linux(target), "mcpu": target.cpu}
+
+
+def compile_model(fixed: onnx.ModelProto, target: Target, records: dict[str, tvm_schedule.Tiling]) -> Compiled:
+    """Import, schedule and compile a model of fixed shapes (see tvm_import.fix_batch)."""
+    ir = _tvm_compat.load()
+    rewritten = tvm_import.whole_numbers(fixed)
+    module = tvm_import.to_relax(rewritten.model)
+    unit = tvm_schedule.vector_unit(target)
+    kernels: dict[str, tvm_schedule.Scheduled] = {}
+    for variable, function in list(module.functions_items()):
+        if isinstance(function, ir.PrimFunc):
+            kernels[variable.name_hint] = tvm_schedule.schedule(function, unit, records)
+            module.update_func(variable, kernels[variable.name_hint].function)
+    executable = ir.tvm.compile(module, target=ir.Target(llvm_target(target)))
+    return Compiled(executable, kernels, rewritten.layers, _workspace(module, kernels))
+
+
+def link(executable: Any, target: Target, library: Path) -> None:
+    """Link the compiled model to a shared library with zig. Same input, same bytes: no build id, no symbols, no paths."""
+    try:
+        import ziglang  # noqa: F401  # pyright: ignore[reportUnusedImport]
+    except ImportError as error:
+        raise missing_extra("ziglang", "tvm", "linking a TVM library") from error
+    triple = target.zig_target or _linux(target)
+
+    def with_zig(output: str, objects: list[str], **_: object) -> None:
+        flags = ["-shared", "-fPIC", "-s", "-Wl,--build-id=none"]
+        command = [sys.executable, "-m", "ziglang", "cc", "-target", triple, *flags, "-o", output, *objects, "-lm"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+            raise PlanishError(f"zig could not link {LIBRARY} for '{target.name}': {lines[-1][:300]}")
+
+    with_zig.object_format = "o"  # pyright: ignore[reportFunctionMemberAccess]  # TVM reads it
+    executable.export_library(str(library), fcompile=with_zig)
+
+
+def _linux(target: Target) -> str:
+    """The triple with the system spelled out; the libraries made here are for Linux with glibc."""
+    triple = target.triple or ""
+    if "linux" not in triple:
+        raise PlanishError(f"target '{target.name}' has the triple '{triple}'; the tvm format links for linux-gnu")
+    return triple
+
+
+def _workspace(module: Any, kernels: dict[str, tvm_schedule.Scheduled]) -> int:
+    """Bytes of the activation buffers that TVM plans for one run, plus the largest padded copy inside a kernel."""
+    ir = _tvm_compat.load()
+    transform = ir.relax.transform
+    passes = [
+        transform.RewriteDataflowReshape(),
+        transform.ToNonDataflow(),
+        transform.RemovePurityChecking(),
+        transform.CallTIRRewrite(),
+        transform.StaticPlanBlockMemory(),
+    ]
+    planned = ir.tvm.transform.Sequential(passes)(module)
+    sizes: list[int] = []
+
+    def visit(node: Any) -> None:
+        if isinstance(node, ir.relax.Call) and getattr(node.op, "name", "") == "relax.memory.alloc_storage":
+            sizes.append(math.prod(int(d) for d in node.args[0].values))
+
+    ir.relax.analysis.post_order_visit(planned["main"], visit)
+    return sum(sizes) + max((s.padded_bytes for s in kernels.values()), default=0)
+
+
+def _row(name: str, scheduled: tvm_schedule.Scheduled) -> dict[str, Any]:
+    work, tiling = scheduled.workload, scheduled.tiling
+    row: dict[str, Any] = {"kernel": name, "op": "elementwise", "schedule": scheduled.origin, "macs": 0}
+    if work:
+        row |= {"op": work.op, "macs": work.macs}
+        row["workload"] = work.key
+    if tiling:
+        row["tiling"] = tvm_schedule.as_record(tiling)
+    if scheduled.reason:
+        row["reason"] = scheduled.reason
+    return row
+
+
+def _arithmetic(layers: list[tvm_import.Layer]) -> dict[str, Any] | None:
+    """What the manifest says of quantized layers; None for a float model."""
+    if not layers:
+        return None
+    inexact = sorted({layer.op for layer in layers if layer.arithmetic == "float32"})
+    return {
+        "carrier": "codes are float32 whole numbers (code minus zero point); no 8-bit instructions are used",
+        "bound": (
+            "given equal input codes: 0 codes from the integer contract for layers marked exact; "
+            f"at most 1 code per quantized tensor after float32 {', '.join(inexact) or 'layers'}"
+        ),
+        "layers": [
+            {"node": x.node, "op": x.op, "arithmetic": x.arithmetic}
+            | ({"largest_sum": x.largest_sum} if x.largest_sum is not None else {})
+            for x in layers
+        ],
+    }
+
+
+def _described(values: Any, skip: set[str]) -> list[dict[str, Any]]:
+    """{name, shape, dtype} of graph inputs or outputs."""
+    return [
+        {
+            "name": v.name,
+            "shape": [int(d.dim_value) for d in v.type.tensor_type.shape.dim],
+            "dtype": np.dtype(onnx.helper.tensor_dtype_to_np_dtype(v.type.tensor_type.elem_type)).name,
+        }
+        for v in values
+        if v.name not in skip
+    ]

@@ -1,0 +1,528 @@
+"""From ONNX to Relax: batch fixed, quantize/dequantize pairs turned into integers carried in float32, channels last.
+
+TVM's own importer runs `dequantize -> convolution -> quantize` on rounded floats, so its codes depend on the order of additions.
+Here a quantized tensor travels as float32 numbers that are whole: code minus zero point. Sums of products of whole numbers are
+exact in float32 below 2^24 in any order, so a convolution or matrix product then obeys the integer contract
+(kernels/integer.py): exact sum, one float32 multiply by float32(x_scale * w_scale / y_scale), round half to even, saturate.
+Whether the bound holds is known from the weights, checked for every layer and recorded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+
+from ..common.errors import PlanishError, listed
+from . import _tvm_compat
+
+EXACT = 2**24
+"""whole numbers below it are exact in float32 (24 bit significand)"""
+MOVES = ("MaxPool", "Reshape", "Flatten", "Transpose", "Slice", "Squeeze", "Unsqueeze", "Identity", "Gather")
+"""ops that only move or select values: they act on codes as on the numbers behind them"""
+AVERAGES = ("AveragePool", "GlobalAveragePool", "ReduceMean")
+"""linear ops without weights: they act on codes up to the rounding of the division"""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """How one ONNX node with a quantized input is computed, for the manifest."""
+
+    node: str
+    op: str
+    arithmetic: Literal["exact integers in float32", "float32"]
+    largest_sum: int | None = None
+    """bound of |sum| over every input that the codes allow; exact when below 2^24"""
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """A tensor known as `whole numbers * factor`."""
+
+    codes: str
+    """name of the float32 tensor of whole numbers (code minus zero point, or a sum of products)"""
+    factor: np.ndarray
+    """float32, () or (channels,)"""
+    largest: int
+    """bound of |whole number|"""
+    summed: bool = False
+    """whether it is a sum of products: then requantization is one multiply by factor / scale"""
+    constant: np.ndarray | None = None
+    """the whole numbers themselves, float32, for a constant"""
+    axis: int = 0
+    """axis of `factor` when it has channels"""
+    rectified: bool = False
+    """negative numbers count as zero (a ReLU that the next clip applies)"""
+
+
+@dataclass
+class Rewritten:
+    """The float ONNX model that computes with whole numbers, and how each layer does it."""
+
+    model: onnx.ModelProto
+    layers: list[Layer] = field(default_factory=list)
+
+
+def fix_batch(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with batch 1 in place of a symbolic first dimension; PlanishError for another symbolic dimension."""
+    fixed = onnx.ModelProto()
+    fixed.CopyFrom(model)
+    constants = {t.name for t in fixed.graph.initializer}
+    for value in fixed.graph.input:
+        if value.name in constants:
+            continue
+        for index, dim in enumerate(value.type.tensor_type.shape.dim):
+            if dim.HasField("dim_value") and dim.dim_value > 0:
+                continue
+            if index > 0:
+                raise PlanishError(
+                    f"input '{value.name}' has a dynamic dimension {index} ('{dim.dim_param or '?'}'); "
+                    "the tvm format compiles for fixed shapes, only the batch (dimension 0) may be dynamic"
+                )
+            dim.Clear()
+            dim.dim_value = 1
+    del fixed.graph.value_info[:]
+    for value in fixed.graph.output:  # inferred again below, now with numbers
+        value.type.tensor_type.ClearField("shape")
+    return onnx.shape_inference.infer_shapes(fixed, strict_mode=False, data_prop=True)
+
+
+def to_relax(model: onnx.ModelProto) -> Any:
+    """A Relax module for a float model with fixed shapes, convolutions channels last. PlanishError names a node of an unknown op."""
+    ir = _tvm_compat.load()
+    known = _known_ops()
+    for node in model.graph.node:
+        if node.op_type not in known or node.domain not in ("", "ai.onnx"):
+            name = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
+            raise PlanishError(
+                f"node '{node.name or node.output[0]}': the tvm format does not know the op '{name}'; "
+                f"it knows {', '.join(sorted(known | {'QuantizeLinear', 'DequantizeLinear'}))}"
+            )
+    try:
+        module = ir.from_onnx(model, keep_params_in_input=False)
+    except (ValueError, TypeError, KeyError, NotImplementedError, AssertionError, RuntimeError) as error:
+        text = str(error).strip().splitlines() or [type(error).__name__]
+        raise PlanishError(f"TVM cannot import this graph: {text[-1][:300]}") from error
+    transform = ir.relax.transform
+    layouts = {"relax.nn.conv2d": ["NHWC", "HWIO"]}
+    module = _simplify(transform.DecomposeOpsForInference()(module))
+    module = _simplify(transform.ConvertLayout(layouts)(module))
+    passes = [
+        transform.FoldConstant(),
+        transform.CanonicalizeBindings(),
+        transform.LegalizeOps({"relax.round": _round_half_even}),
+        transform.AnnotateTIROpPattern(),
+        transform.FoldConstant(),
+        transform.FuseOps(),
+        transform.FuseTIR(),
+        transform.DeadCodeElimination(),
+    ]
+    return ir.tvm.transform.Sequential(passes)(module)
+
+
+def _simplify(module: Any) -> Any:
+    """The module in a form that TVM's later passes handle well. Done before and after the conversion to channels last.
+
+    - Single-value operands of elementwise ops get the other operand's rank, and the importer's ready-made kernels for Clip become
+      ops again: the conversion follows only ops between operands of equal rank, and would transpose around everything else.
+    - Constants that are only moved or selected are computed here: TVM's folding compiles a kernel for each, half a second a layer.
+    """
+    relax = _tvm_compat.load().relax
+    constant = type(relax.const(0.0))
+    elementwise = {f"relax.{n}" for n in ("add", "subtract", "multiply", "divide", "maximum", "minimum", "power")}
+
+    def single(value: Any, rank: int) -> Any:
+        """A constant with one value, given `rank` dimensions; anything else as it is."""
+        if not isinstance(value, constant) or len(value.ty.shape) >= rank or value.value.numpy().size != 1:
+            return value
+        return relax.const(value.value.numpy().reshape([1] * rank))
+
+    @relax.expr_functor.mutator
+    class Simplify(relax.PyExprMutator):
+        def visit_call_(self, call: Any) -> Any:
+            call = self.visit_expr_post_order(call)
+            name = getattr(call.op, "name", "")
+            folded = self.fold(name, call)
+            if folded is not None:
+                return relax.const(np.ascontiguousarray(folded))
+            if name in elementwise:
+                rank = max(len(a.ty.shape) for a in call.args)
+                return relax.Call(call.op, [single(self.value(a), rank) for a in call.args], call.attrs)
+            if name == "relax.call_tir":
+                kernel, operands = call.args[0].name_hint, [self.value(a) for a in call.args[1].fields]
+                op = next((n for n in ("maximum", "minimum") if kernel.startswith(n)), None)
+                if op and len(operands) == 2 and isinstance(operands[1], constant):
+                    return getattr(relax.op, op)(operands[0], single(operands[1], len(operands[0].ty.shape)))
+            return call
+
+        def value(self, expression: Any) -> Any:
+            """The constant that a variable is bound to, else the expression."""
+            bound = self.lookup_binding(expression) if isinstance(expression, relax.Var) else None
+            return bound if isinstance(bound, constant) else expression
+
+        def fold(self, name: str, call: Any) -> np.ndarray | None:
+            """The result of moving or selecting constants; None for anything else."""
+            if name not in ("relax.permute_dims", "relax.reshape", "relax.isnan", "relax.where"):
+                return None
+            values = [self.value(a) for a in call.args[: 1 if name == "relax.reshape" else None]]
+            if not all(isinstance(v, constant) for v in values):
+                return None
+            arrays = [v.value.numpy() for v in values]
+            if name == "relax.permute_dims":
+                return arrays[0].transpose(None if call.attrs.axes is None else [int(a) for a in call.attrs.axes])
+            if name == "relax.reshape":
+                return arrays[0].reshape([int(d) for d in call.ty.shape])
+            return np.isnan(*arrays) if name == "relax.isnan" else np.where(*arrays)
+
+    mutator = Simplify(module)
+    for variable, function in list(module.functions_items()):
+        if isinstance(function, relax.Function):
+            mutator.builder_.update_func(variable, mutator.visit_expr(function))
+    return mutator.builder_.get()
+
+
+def _known_ops() -> set[str]:
+    from tvm.relax.frontend.onnx import onnx_frontend
+
+    return set(onnx_frontend._get_convert_map()) - {"QuantizeLinear", "DequantizeLinear"}
+
+
+def _round_half_even(builder: Any, call: Any) -> Any:
+    """ONNX's Round is half to even; TVM's own lowering rounds half away from zero."""
+    ir = _tvm_compat.load()
+
+    def compute(x: Any) -> Any:
+        return ir.te.compute(x.shape, lambda *i: ir.tirx.nearbyint(x(*i)), name="round_half_even")
+
+    return builder.call_te(compute, call.args[0], primfunc_name_hint="round_half_even")
+
+
+def whole_numbers(model: onnx.ModelProto) -> Rewritten:
+    """A model without QuantizeLinear and DequantizeLinear that computes the same with whole numbers in float32.
+
+    `model` has fixed shapes with `value_info` (see `fix_batch`). A float model comes back as it is.
+    """
+    return _Rewriter(model).run()
+
+
+class _Rewriter:
+    """One pass over the nodes in order; a tensor is kept as `Scaled` for as long as possible and made a float on demand."""
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        self.model = model
+        self.constants: dict[str, np.ndarray] = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
+        self.nodes: list[onnx.NodeProto] = []
+        self.scaled: dict[str, Scaled] = {}
+        self.quantized: dict[str, tuple[Scaled, int, np.dtype[Any]]] = {}
+        """codes by name of the QuantizeLinear output: (as whole numbers, zero point, dtype)"""
+        self.made: set[str] = set()
+        """float tensors that exist"""
+        self.layers: list[Layer] = []
+        self.uses: dict[str, list[onnx.NodeProto]] = {}
+        for node in model.graph.node:
+            for name in node.input:
+                self.uses.setdefault(name, []).append(node)
+        values = [*model.graph.value_info, *model.graph.output, *model.graph.input]
+        self.rank = {v.name: len(v.type.tensor_type.shape.dim) for v in values}
+        self.rank |= {n: a.ndim for n, a in self.constants.items()}
+
+    def run(self) -> Rewritten:
+        if not any(n.op_type in ("QuantizeLinear", "DequantizeLinear") for n in self.model.graph.node):
+            return Rewritten(self.model)
+        for node in self.model.graph.node:
+            if node.op_type == "Constant":
+                self.constants[node.output[0]] = _constant(node)
+                self.rank[node.output[0]] = self.constants[node.output[0]].ndim
+            elif node.op_type == "QuantizeLinear":
+                self._quantize(node)
+            elif node.op_type == "DequantizeLinear":
+                self._dequantize(node)
+            elif not self._integer(node):
+                self._float_node(node)
+        for value in self.model.graph.output:
+            self._output(value)
+        model = onnx.ModelProto()
+        model.CopyFrom(self.model)
+        del model.graph.node[:], model.graph.initializer[:], model.graph.value_info[:]
+        model.graph.node.extend(self.nodes)
+        used = {name for node in self.nodes for name in node.input} | {o.name for o in model.graph.output}
+        model.graph.initializer.extend(
+            numpy_helper.from_array(a, n) for n, a in self.constants.items() if n in used and n not in self.made
+        )
+        return Rewritten(onnx.shape_inference.infer_shapes(model), self.layers)
+
+    def _emit(self, op: str, inputs: Iterable[str], output: str, **attributes: Any) -> str:
+        self.nodes.append(helper.make_node(op, list(inputs), [output], name=f"{output}.{op}", **attributes))
+        return output
+
+    def _store(self, name: str, value: np.ndarray) -> str:
+        self.constants[name] = value
+        return name
+
+    def _number(self, name: str, value: Any) -> str:
+        """A scalar float32 constant."""
+        return self._store(name, np.array(value, np.float32))
+
+    def _broadcast(self, values: np.ndarray, rank: int, axis: int) -> np.ndarray:
+        """A factor shaped to multiply a tensor of `rank` dimensions along `axis`."""
+        if values.ndim == 0:
+            return values
+        shape = [1] * rank
+        shape[axis] = -1
+        return values.reshape(shape)
+
+    def _float(self, name: str) -> str:
+        """The tensor as plain float32 under its own name, emitted once if it is only known as whole numbers."""
+        known = self.scaled.get(name)
+        if known is None or name in self.made:
+            return name
+        self.made.add(name)
+        if known.constant is not None:
+            factor = self._broadcast(known.factor, known.constant.ndim, known.axis)
+            self.constants[name] = (known.constant * factor).astype(np.float32)
+            self.made.discard(name)
+            del self.scaled[name]
+            return name
+        factor = self._broadcast(known.factor, self.rank[name], known.axis)
+        product = self._emit("Mul", [known.codes, self._store(f"{name}.factor", factor)], f"{name}.scaled")
+        self._emit("Relu" if known.rectified else "Identity", [product], name)
+        return name
+
+    def _float_node(self, node: onnx.NodeProto) -> None:
+        copy = onnx.NodeProto()
+        copy.CopyFrom(node)
+        quantized = [n for n in node.input if n in self.scaled]
+        for index, name in enumerate(node.input):
+            copy.input[index] = self._float(name) if name else name
+        self.nodes.append(copy)
+        if quantized:
+            self.layers.append(Layer(node.name or node.output[0], node.op_type, "float32"))
+
+    def _dequantize(self, node: onnx.NodeProto) -> None:
+        name, out = node.input[0], node.output[0]
+        scale = self._constant_input(node, 1).astype(np.float32)
+        zero = self._constant_input(node, 2) if len(node.input) > 2 and node.input[2] else np.zeros((), np.int32)
+        attributes = _attributes(node)
+        if name in self.constants:
+            self._dequantize_constant(out, self.constants[name], scale, zero, attributes)
+            return
+        if scale.size != 1 or attributes.get("block_size", 0):
+            raise PlanishError(
+                f"node '{node.name or out}': an activation has {scale.size} scales; the tvm format takes one a tensor"
+            )
+        z = int(zero.reshape(-1)[0])
+        if name in self.quantized:
+            known, made_zero, _ = self.quantized[name]
+            if made_zero == z:
+                self.scaled[out] = Scaled(known.codes, scale.reshape(()), known.largest)
+                return
+            codes = self._emit("Add", [known.codes, self._number(f"{out}.shift", made_zero - z)], f"{out}.codes")
+            self.scaled[out] = Scaled(codes, scale.reshape(()), known.largest + abs(made_zero - z))
+            return
+        # codes that come from outside the graph
+        cast = self._emit("Cast", [name], f"{out}.cast", to=onnx.TensorProto.FLOAT)
+        codes = self._emit("Sub", [cast, self._number(f"{out}.zero", z)], f"{out}.codes")
+        low, high = _limits(zero.dtype)
+        self.scaled[out] = Scaled(codes, scale.reshape(()), max(abs(low - z), abs(high - z)))
+
+    def _dequantize_constant(
+        self, out: str, codes: np.ndarray, scale: np.ndarray, zero: np.ndarray, attributes: dict[str, Any]
+    ) -> None:
+        whole = codes.astype(np.int64)
+        axis = attributes.get("axis", 1) % max(whole.ndim, 1)
+        block = attributes.get("block_size", 0)
+        zeros = zero.astype(np.int64)
+        if block:  # one scale for every `block` values along `axis`: folded to floats
+            size = whole.shape[axis]
+            spread = np.repeat(scale, block, axis).take(np.arange(size), axis)
+            shift = np.repeat(zeros, block, axis).take(np.arange(size), axis) if zeros.ndim else zeros
+            self.constants[out] = ((whole - shift) * spread).astype(np.float32)
+            return
+        factor = scale.reshape(()) if scale.size == 1 else scale.reshape(-1)
+        shift = zeros.reshape(()) if zeros.size == 1 else zeros.reshape(-1)
+        whole = whole - self._broadcast(shift, whole.ndim, axis)
+        largest = int(np.abs(whole).max(initial=0))
+        self.rank[out] = whole.ndim
+        self.scaled[out] = Scaled("", factor, largest, constant=whole.astype(np.float32), axis=axis)
+
+    def _quantize(self, node: onnx.NodeProto) -> None:
+        name, out = node.input[0], node.output[0]
+        scale = self._constant_input(node, 1).astype(np.float32)
+        zero = self._constant_input(node, 2) if len(node.input) > 2 and node.input[2] else np.zeros((), np.uint8)
+        if scale.size != 1:
+            raise PlanishError(
+                f"node '{node.name or out}': QuantizeLinear has {scale.size} scales; the tvm format takes one a tensor"
+            )
+        scale, z = scale.reshape(()), int(zero.reshape(-1)[0])
+        low, high = (limit - z for limit in _limits(zero.dtype))
+        known = self.scaled.get(name)
+        bottom = low
+        if name in self.constants and known is None:
+            whole = np.clip(np.rint(self.constants[name] / scale), low, high)
+            self.constants[out] = (whole + z).astype(zero.dtype)
+            return
+        same = known is not None and not known.summed and not known.rectified and known.factor.ndim == 0
+        if known is not None and same and known.constant is None and known.factor == scale and known.largest <= high:
+            self.quantized[out] = (known, z, zero.dtype)  # same grid: only the container changes
+            return
+        if known is not None and known.summed:
+            bottom = max(low, 0) if known.rectified else low
+            ratio = self._broadcast((known.factor / scale).astype(np.float32), self.rank[name], known.axis)
+            steps = known.codes
+            if not (ratio == 1).all():
+                steps = self._emit("Mul", [steps, self._store(f"{out}.ratio", ratio)], f"{out}.steps")
+        else:
+            steps = self._emit("Div", [self._float(name), self._number(f"{out}.scale", scale)], f"{out}.steps")
+        rounded = self._emit("Round", [steps], f"{out}.rounded")
+        bounds = [self._number(f"{out}.low", bottom), self._number(f"{out}.high", high)]
+        codes = self._emit("Clip", [rounded, *bounds], f"{out}.codes")
+        largest = max(abs(bottom), abs(high))
+        self.quantized[out] = (Scaled(codes, scale, largest), z, zero.dtype)
+
+    def _integer(self, node: onnx.NodeProto) -> bool:
+        """Whether the node was computed on whole numbers."""
+        if not node.input or node.input[0] not in self.scaled:
+            return False
+        x = self.scaled[node.input[0]]
+        if node.op_type in ("Conv", "Gemm", "MatMul"):
+            return self._product(node, x)
+        if node.op_type == "Add":
+            return self._sum(node)
+        if node.op_type == "Relu" and x.summed and self._only_quantized(node.output[0]):
+            self.scaled[node.output[0]] = Scaled(x.codes, x.factor, x.largest, True, None, x.axis, True)
+            return True
+        if node.op_type in (*MOVES, *AVERAGES) and not x.summed and x.constant is None and len(node.output) == 1:
+            out = node.output[0]
+            others = [self._float(n) if n else n for n in node.input[1:]]
+            copy = helper.make_node(node.op_type, [x.codes, *others], [f"{out}.codes"], name=node.name)
+            copy.attribute.extend(node.attribute)
+            self.nodes.append(copy)
+            average = node.op_type in AVERAGES
+            self.scaled[out] = Scaled(f"{out}.codes", x.factor, x.largest, summed=average)
+            if average:
+                self.layers.append(Layer(node.name or out, node.op_type, "float32"))
+            return True
+        return False
+
+    def _product(self, node: onnx.NodeProto, x: Scaled) -> bool:
+        """A convolution or matrix product of codes with constant codes, and int32 bias codes if there is a bias."""
+        attributes = _attributes(node)
+        weight = self.scaled.get(node.input[1])
+        if x.summed or x.factor.ndim or weight is None or weight.constant is None:
+            return False
+        whole = weight.constant
+        channel = 0 if node.op_type == "Conv" or attributes.get("transB", 0) else whole.ndim - 1
+        plain = attributes.get("alpha", 1.0) == 1.0 and attributes.get("beta", 1.0) == 1.0
+        if not plain or attributes.get("transA", 0) or (weight.factor.ndim and weight.axis != channel):
+            return False
+        factor = (x.factor * weight.factor).astype(np.float32)
+        out = node.output[0]
+        inputs = [x.codes, self._store(f"{out}.weights", whole)]
+        reach = np.abs(whole.astype(np.int64)).sum(tuple(a for a in range(whole.ndim) if a != channel)) * x.largest
+        if len(node.input) > 2 and node.input[2]:
+            bias = self.scaled.get(node.input[2])
+            if bias is None or bias.constant is None or not np.allclose(bias.factor, factor, rtol=1e-5, atol=0):
+                return False
+            inputs.append(self._store(f"{out}.bias", bias.constant))
+            reach = reach + np.abs(bias.constant.astype(np.int64))
+        largest = int(reach.max())
+        copy = helper.make_node(node.op_type, inputs, [f"{out}.sum"], name=node.name)
+        copy.attribute.extend(node.attribute)
+        self.nodes.append(copy)
+        axis = 1 if node.op_type == "Conv" else self.rank[out] - 1
+        self.scaled[out] = Scaled(f"{out}.sum", factor, largest, summed=True, axis=axis)
+        kind = "exact integers in float32" if largest < EXACT else "float32"
+        self.layers.append(Layer(node.name or out, node.op_type, kind, largest))
+        return True
+
+    def _sum(self, node: onnx.NodeProto) -> bool:
+        """A residual add of two quantized tensors whose sum is quantized: each side is brought to the output's grid first."""
+        sides = [self.scaled.get(n) for n in node.input]
+        out = node.output[0]
+        end = self._quantizer_after(out)
+        if end is None or any(s is None or s.summed or s.constant is not None or s.factor.ndim for s in sides):
+            return False
+        relu, quantizer = end
+        scale = self._constant_input(quantizer, 1).astype(np.float32).reshape(-1)
+        if scale.size != 1:
+            return False
+        terms = [
+            self._emit(
+                "Mul",
+                [side.codes, self._number(f"{out}.ratio{i}", side.factor / scale[0])],
+                f"{out}.term{i}",
+            )
+            for i, side in enumerate(sides)
+            if side is not None
+        ]
+        total = self._emit("Add", terms, f"{out}.steps")
+        self.layers.append(Layer(node.name or out, "Add", "float32"))
+        self.scaled[out] = Scaled(total, scale[0], EXACT, summed=True)
+        if relu is not None:
+            self.rank[relu.output[0]] = self.rank[out]
+        return True
+
+    def _quantizer_after(self, name: str) -> tuple[onnx.NodeProto | None, onnx.NodeProto] | None:
+        """The QuantizeLinear that alone consumes `name`, and the Relu between them if there is one."""
+        relu = None
+        uses = self.uses.get(name, [])
+        if len(uses) == 1 and uses[0].op_type == "Relu":
+            relu = uses[0]
+            uses = self.uses.get(relu.output[0], [])
+        if len(uses) != 1 or uses[0].op_type != "QuantizeLinear" or self._is_output(name):
+            return None
+        return relu, uses[0]
+
+    def _only_quantized(self, name: str) -> bool:
+        uses = self.uses.get(name, [])
+        return bool(uses) and all(n.op_type == "QuantizeLinear" for n in uses) and not self._is_output(name)
+
+    def _is_output(self, name: str) -> bool:
+        return any(o.name == name for o in self.model.graph.output)
+
+    def _output(self, value: onnx.ValueInfoProto) -> None:
+        name = value.name
+        if name in self.quantized:
+            known, zero, dtype = self.quantized[name]
+            shifted = self._emit("Add", [known.codes, self._number(f"{name}.zero", zero)], f"{name}.shifted")
+            self._emit("Cast", [shifted], name, to=helper.np_dtype_to_tensor_dtype(dtype))
+        else:
+            self._float(name)
+
+    def _constant_input(self, node: onnx.NodeProto, index: int) -> np.ndarray:
+        name = node.input[index]
+        if name not in self.constants:
+            raise PlanishError(f"node '{node.name or node.output[0]}': {node.op_type} needs a constant '{name}'")
+        return self.constants[name]
+
+
+def _constant(node: onnx.NodeProto) -> np.ndarray:
+    (attribute,) = node.attribute
+    value = helper.get_attribute_value(attribute)
+    if attribute.name == "value":
+        return numpy_helper.to_array(value)
+    kinds: dict[str, Any] = {
+        "value_float": np.float32,
+        "value_floats": np.float32,
+        "value_int": np.int64,
+        "value_ints": np.int64,
+    }
+    if attribute.name not in kinds:
+        raise PlanishError(f"node '{node.name or node.output[0]}': a constant of kind {listed([attribute.name])}")
+    return np.asarray(value, kinds[attribute.name])
+
+
+def _attributes(node: onnx.NodeProto) -> dict[str, Any]:
+    return {a.name: helper.get_attribute_value(a) for a in node.attribute}
+
+
+def _limits(dtype: np.dtype[Any]) -> tuple[int, int]:
+    """Smallest and largest code of a quantized type."""
+    if dtype.name in ("int4", "uint4"):
+        return (-8, 7) if dtype.name == "int4" else (0, 15)
+    info = np.iinfo(dtype)
+    return int(info.min), int(info.max)
