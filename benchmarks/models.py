@@ -162,14 +162,17 @@ def mobilenet_v1_025() -> nn.Module:
     return TinyGraph("vww_mobilenet", (3, 96, 96)).eval()
 
 
-def images(name: str, count: int) -> np.ndarray:
-    """`count` inputs (n, c, h, w) float32 for the network `name`: real ones, except CIFAR images enlarged for MobileNet."""
+def images(name: str, count: int, split: str = "test") -> np.ndarray:
+    """`count` inputs (n, c, h, w) float32 for the network `name`: real ones, except CIFAR images enlarged for MobileNet.
+
+    `split` is 'test' or 'train'; keyword spotting has test samples only.
+    """
     if name == "dscnn":
         x = np.load(data_folder() / "kws_mfcc" / "kws_mfcc_dev.npz")["x"]  # (500, 49, 10, 1) int8
         x = (x.astype(np.float32) - 83) * np.float32(0.5847029089927673)
         x = np.resize(x, (count, *x.shape[1:]))  # repeats after 500
         return np.ascontiguousarray(x.transpose(0, 3, 1, 2))
-    x = np.load(data_folder() / "cifar10" / "cifar10_test_dev.npz")["x"][:count].transpose(0, 3, 1, 2).astype(np.float32)
+    x = np.load(cifar(split))["x"][:count].transpose(0, 3, 1, 2).astype(np.float32)
     if name == "resnet8":
         return x
     x = x / 255
@@ -179,3 +182,13 @@ def images(name: str, count: int) -> np.ndarray:
         )
         return (x - mean) / deviation
     return F.interpolate(torch.from_numpy(x), size=(96, 96), mode="bilinear").numpy()
+
+
+def labels(count: int, split: str = "test") -> np.ndarray:
+    """Classes (n,) of the CIFAR-10 images."""
+    return np.load(cifar(split))["y"][:count].astype(np.int64)
+
+
+def cifar(split: str) -> Path:
+    """The file of CIFAR-10 images: the test half for development (4,937), or 15,000 training images."""
+    return data_folder() / "cifar10" / ("cifar10_test_dev.npz" if split == "test" else "cifar10_train_15k.npz")
