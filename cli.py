@@ -134,7 +134,9 @@ def profile(
     facts = _table("", report["kind"], title=f"{artifact} for {report['target']}")
     if "latency_ms" in report:
         t = report["latency_ms"]
-        facts.add_row("latency", f"p50 {t['p50']:.3f} ms, p90 {t['p90']:.3f} ms, p99 {t['p99']:.3f} ms ({t['runs']} runs)")
+        facts.add_row(
+            "latency", f"p50 {t['p50']:.3f} ms, p90 {t['p90']:.3f} ms, p99 {t['p99']:.3f} ms ({t['runs']} runs)"
+        )
     for key, value in report.items():
         if isinstance(value, int):
             facts.add_row(key.replace("_", " "), _count(value))
@@ -203,9 +205,7 @@ def evaluate(
 
 
 @app.command()
-def verify(
-    artifact: ArtifactPath, runtime: RuntimeName = None, threads: Threads = 1, as_json: Json = False
-) -> None:
+def verify(artifact: ArtifactPath, runtime: RuntimeName = None, threads: Threads = 1, as_json: Json = False) -> None:
     """Check an artifact's hashes and replay its golden inputs; exit 1 when the answers are wrong."""
     from . import pipeline
 
@@ -213,8 +213,12 @@ def verify(
     if as_json:
         _json(report)
     else:
-        verdict = "exact" if report["exact"] else f"largest error {report['max_error']:.6g}, {report['bound']:.6g} allowed"
-        _print(f"{'ok' if report['ok'] else 'WRONG'} on {report['runtime']}: {verdict}; {len(report['hashes'])} hashes agree")
+        verdict = (
+            "exact" if report["exact"] else f"largest error {report['max_error']:.6g}, {report['bound']:.6g} allowed"
+        )
+        _print(
+            f"{'ok' if report['ok'] else 'WRONG'} on {report['runtime']}: {verdict}; {len(report['hashes'])} hashes agree"
+        )
     if not report["ok"]:
         raise typer.Exit(1)
 

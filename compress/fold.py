@@ -18,7 +18,13 @@ from .model import Entry, Model
 aten = torch.ops.aten
 
 FOLDABLE = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.linear.default)
-IDENTITIES = (aten.dropout.default, aten.clone.default, aten.detach.default, aten.contiguous.default, aten.alias.default)
+IDENTITIES = (
+    aten.dropout.default,
+    aten.clone.default,
+    aten.detach.default,
+    aten.contiguous.default,
+    aten.alias.default,
+)
 OUT_OF_PLACE = {
     aten.relu_.default: aten.relu.default,
     aten.hardtanh_.default: aten.hardtanh.default,

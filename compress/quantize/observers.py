@@ -88,9 +88,7 @@ def choose(stats: Statistics, observer: Observer, percentile: float, levels: int
     return _least_error(stats, centres, low, high, levels)
 
 
-def _least_error(
-    stats: Statistics, centres: torch.Tensor, low: float, high: float, levels: int
-) -> tuple[float, float]:
+def _least_error(stats: Statistics, centres: torch.Tensor, low: float, high: float, levels: int) -> tuple[float, float]:
     """Of the ranges that shrink both ends by one factor, the one whose quantization of the histogram errs least."""
     factors = torch.linspace(0.3, 1.0, 141, dtype=torch.float64)[:, None]  # (141, 1)
     scale = factors * (high - low) / (levels - 1)  # (141, 1)
