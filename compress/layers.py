@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Interpreter, Node
@@ -9,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from .model import Model
 
-STORED_AS = (".codes", ".scale", ".zero_point")
+STORED_AS = ("_codes", "_scale", "_zero_point")
 """what the quantizer appends to a parameter's name for the tensors that replace it"""
 
 
@@ -32,6 +34,28 @@ def parameter(node: object) -> str | None:
             return None
         node = node.args[0]
     return None
+
+
+def argument(node: Node, name: str) -> Any:
+    """Value of an op's argument by its schema name, wherever it was passed; the schema's default when it was not."""
+    assert isinstance(node.target, torch._ops.OpOverload)
+    for index, item in enumerate(node.target._schema.arguments):
+        if item.name == name:
+            if index < len(node.args):
+                return node.args[index]
+            return node.kwargs.get(name, item.default_value)
+    raise KeyError(f"{node.target} has no argument '{name}'")
+
+
+def set_argument(node: Node, name: str, value: Any) -> None:
+    """Change an op's argument by its schema name."""
+    assert isinstance(node.target, torch._ops.OpOverload)
+    names = [item.name for item in node.target._schema.arguments]
+    index = names.index(name)
+    if index < len(node.args):
+        node.update_arg(index, value)
+    else:
+        node.update_kwarg(name, value)
 
 
 def layer(node: Node) -> str:
