@@ -35,6 +35,8 @@ Inputs = Annotated[list[str] | None, typer.Option("--input", "-i", help="Input o
 RuntimeName = Annotated[str | None, typer.Option("--runtime", help="Runtime to use instead of the target's own.")]
 Threads = Annotated[int, typer.Option("--threads", min=1, help="CPU threads.")]
 ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="file.py:factory, package.module:factory, .pt2, .onnx or a compressed folder.")]  # fmt: skip
+INTERRUPTED = "interrupted; nothing was written"
+
 ArtifactPath = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Folder written by `planish export`.")]
 
 
@@ -274,17 +276,19 @@ def demo(
 def main() -> None:
     """Entry point: one line on standard error and a non-zero exit for every error that a user can act on."""
     try:
-        app(standalone_mode=False)
-    except typer.Exit as stop:
-        sys.exit(stop.exit_code)
+        code = app(standalone_mode=False)  # typer turns an Exit into its code, and Ctrl-C into 130
     except PlanishError as error:
         _fail(str(error), 1)
     except (KeyboardInterrupt, typer.Abort):
-        _fail("interrupted; nothing was written", 130)
+        _fail(INTERRUPTED, 130)
     except Exception as error:
         if not _is_usage(error):
             raise
         _fail(_usage(error), 2)
+    else:
+        if code == 130:
+            _fail(INTERRUPTED, 130)
+        sys.exit(code)
 
 
 def _is_usage(error: Exception) -> bool:

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 import onnx
+import safetensors.numpy
 import torch
-from safetensors.numpy import save_file
 
 from . import __version__
 from .common import files, plugins
@@ -374,7 +374,8 @@ def _finish(
     names = dict(zip((o.name for o in source.onnx.graph.output), answers.values(), strict=True))
     golden = {f"input.{k}": v for k, v in source.golden_inputs.items()}
     golden |= {f"expected.{k}": v for k, v in names.items()} | original
-    save_file({k: np.ascontiguousarray(v) for k, v in sorted(golden.items())}, folder / "golden.safetensors")
+    arrays = {k: np.ascontiguousarray(v) for k, v in sorted(golden.items())}
+    (folder / "golden.safetensors").write_bytes(safetensors.numpy.save(arrays))
     listing = sorted(p for p in folder.rglob("*") if p.is_file())
     manifest = {
         "format": kind,

@@ -90,7 +90,9 @@ def network(name, folder):
     x, y = models.images(name, TEST), models.labels(TEST)
     calibration = models.images(name, 1024, "train")
     model = trace(getattr(models, name)(), {"x": torch.from_numpy(x[:2])}, name)
-    context = Context(model, Data({"x": calibration}, None, "train"), target.load("host"), torch.Generator().manual_seed(0))
+    context = Context(
+        model, Data({"x": calibration}, None, "train"), target.load("host"), torch.Generator().manual_seed(0)
+    )
     original, quantized = to_onnx(model), to_onnx(Static().apply(model, context))
     paths = {"float": folder / f"{name}.onnx", "int8": folder / f"{name}_int8.onnx"}
     onnx.save(original, paths["float"])

@@ -49,7 +49,7 @@ class Compressed:
         with files.new_folder(folder, force) as work:
             program_file.save(self.model.program(), work / PROGRAM)
             arrays = {n: np.ascontiguousarray(a) for n, a in sorted(self.golden.items())}
-            safetensors.numpy.save_file(arrays, work / GOLDEN)
+            (work / GOLDEN).write_bytes(safetensors.numpy.save(arrays))
             listing = {
                 n: {"bytes": (work / n).stat().st_size, "sha256": files.sha256(work / n)} for n in (PROGRAM, GOLDEN)
             }

@@ -16,7 +16,9 @@ torch.set_num_threads(int(os.environ.get("PLANISH_TEST_THREADS", "1")))
 
 
 def pytest_configure(config):
-    config.addinivalue_line("filterwarnings", "ignore:.*LeafSpec.*:FutureWarning")  # torch 2.13's own pickling of tree specs
+    config.addinivalue_line(
+        "filterwarnings", "ignore:.*LeafSpec.*:FutureWarning"
+    )  # torch 2.13's own pickling of tree specs
 
 
 class Residual(nn.Module):
@@ -85,9 +87,7 @@ def quantized(residual, images):
     """The network above after static quantization with the default settings."""
     from planish.compress.quantize.static import Static
 
-    return Static().apply(
-        residual, Context(residual, images, target.load("host"), torch.Generator().manual_seed(0))
-    )
+    return Static().apply(residual, Context(residual, images, target.load("host"), torch.Generator().manual_seed(0)))
 
 
 @pytest.fixture(scope="session")

@@ -64,9 +64,7 @@ def test_imports_run_one_way():
 
 def test_listed_packages_are_the_folders_on_disk():
     listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
-    found = {
-        ".".join(["planish", *parts[:-1]]) for path, parts in sources() if path.name == "__init__.py"
-    }
+    found = {".".join(["planish", *parts[:-1]]) for path, parts in sources() if path.name == "__init__.py"}
     assert listed == found
 
 
@@ -85,7 +83,9 @@ def test_nothing_is_importable_under_a_bare_name():
         assert str(ROOT) not in done.stdout
 
 
-@pytest.mark.parametrize("base, package", [(Pass, "compress"), (Format, "export"), (Runtime, "runtimes"), (Op, "kernels")])
+@pytest.mark.parametrize(
+    "base, package", [(Pass, "compress"), (Format, "export"), (Runtime, "runtimes"), (Op, "kernels")]
+)
 def test_every_plugin_is_found_and_documented(base, package):
     found = plugins.find(f"planish.{package}", base)
     assert found
