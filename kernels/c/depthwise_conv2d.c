@@ -29,6 +29,9 @@ static taps_t taps_of(const planish_depthwise_conv2d_layer *l, int32_t row, int3
     while (t.column_end > t.column_begin && t.left + (t.column_end - 1) * l->dilation_width >= l->in_width) {
         t.column_end--;
     }
+    if (t.column_begin == t.column_end) {
+        t.row_end = t.row_begin; /* no tap at all: no row either */
+    }
     return t;
 }
 
@@ -36,17 +39,28 @@ static taps_t taps_of(const planish_depthwise_conv2d_layer *l, int32_t row, int3
 static inline void block(const planish_depthwise_conv2d_layer *l, const int8_t *x, const taps_t *t, int32_t o,
                          int32_t x_zero_point, int32_t *sum)
 {
-    int32_t i, j, c;
+    int32_t channels = l->in_channels;
+    int32_t x_step = l->dilation_width * channels;
+    int32_t sum0 = sum[0], sum1 = sum[1], sum2 = sum[2], sum3 = sum[3];
+    int32_t i, j;
     for (i = t->row_begin; i < t->row_end; i++) {
         int32_t row = t->top + i * l->dilation_height;
-        for (j = t->column_begin; j < t->column_end; j++) {
-            const int8_t *source = x + (row * l->in_width + t->left + j * l->dilation_width) * l->in_channels + o;
-            const int8_t *weight = l->weight + (i * l->kernel_width + j) * l->in_channels + o;
-            for (c = 0; c < BLOCK; c++) {
-                sum[c] += (source[c] - x_zero_point) * weight[c];
-            }
+        int32_t column = t->left + t->column_begin * l->dilation_width;
+        const int8_t *source = x + (row * l->in_width + column) * channels + o;
+        const int8_t *weight = l->weight + (i * l->kernel_width + t->column_begin) * channels + o;
+        for (j = t->column_end - t->column_begin; j > 0; j--) {
+            sum0 += (source[0] - x_zero_point) * weight[0];
+            sum1 += (source[1] - x_zero_point) * weight[1];
+            sum2 += (source[2] - x_zero_point) * weight[2];
+            sum3 += (source[3] - x_zero_point) * weight[3];
+            source += x_step;
+            weight += channels;
         }
     }
+    sum[0] = sum0;
+    sum[1] = sum1;
+    sum[2] = sum2;
+    sum[3] = sum3;
 }
 
 /* the same for one output channel, any multiplier and weight zero point */

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from planish.kernels import layout
-from planish.kernels.op import Constant, FloatOp, Node, Op, Tensor, ops
+from planish.kernels.op import Call, Constant, FloatOp, Node, Op, Tensor, ops
 
 INF = float("inf")
 Rng = np.random.Generator
@@ -437,10 +437,54 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("op_name", sorted(ops()))
 
 
+TYPES = {"float32": "float", "int32": "int32_t", "int16": "int16_t", "int8": "int8_t", "uint8": "uint8_t"}
+
+
+def literal(value: float | str) -> str:
+    return float(value).hex() + "f" if isinstance(value, (float, np.floating)) else str(value)
+
+
+def layer(name: str, call: Call) -> str:
+    """The constant arrays and the layer struct of one call, as the code generator writes them."""
+    lines: list[str] = []
+    members = [f".{k} = {literal(v)}" for k, v in call.fields.items()]
+    for key, array in call.arrays.items():
+        values = ", ".join(literal(v) for v in array.reshape(-1).tolist())
+        lines.append(f"static const {TYPES[str(array.dtype)]} {name}_{key}[] = {{{values}}};")
+        members.append(f".{key} = {name}_{key}")
+    lines.append(f"static const planish_{call.kernel}_layer {name} = {{{', '.join(members)}}};")
+    return "\n".join(lines)
+
+
+def entry(name: str, call: Call, inputs: int) -> str:
+    """`void run_<name>(const int8_t *const *x, int8_t *y, int8_t *scratch)`."""
+    given = ["x"] if call.input_array else [f"x[{i}]" for i in range(inputs)]
+    arguments = ", ".join([f"&{name}", *given, "y", *(["scratch"] if call.scratch else [])])
+    unused = "" if call.scratch else "(void)scratch; "
+    head = f"void run_{name}(const int8_t *const *x, int8_t *y, int8_t *scratch)"
+    return f"{head};\n{head}\n{{\n    {unused}planish_{call.kernel}({arguments});\n}}"
+
+
+def harness() -> tuple[str, dict[str, list[tuple[Node, Call | None]]]]:
+    """One C file with every example of every op, and the nodes by op."""
+    text = ['#include "planish.h"']
+    nodes: dict[str, list[tuple[Node, Call | None]]] = {}
+    for name, op in ops().items():
+        nodes[name] = []
+        for i, example in enumerate(examples(name)):
+            node = node_of(name, example)
+            call = None if op.alias(node) else op.call(node)
+            if call is not None:
+                text += [layer(f"{name}_{i}", call), entry(f"{name}_{i}", call, len(node.inputs))]
+            nodes[name].append((node, call))
+    return "\n".join(text) + "\n", nodes
+
+
 class Bench:
     """What the tests of this folder share."""
 
     examples = staticmethod(examples)
+    harness = staticmethod(harness)
     node_of = staticmethod(node_of)
     random_inputs = staticmethod(random_inputs)
     onnxruntime_codes = staticmethod(onnxruntime_codes)

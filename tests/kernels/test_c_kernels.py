@@ -12,11 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 from planish.kernels import op as contract
-from planish.kernels.op import Call, Node, ops
+from planish.kernels.op import Call, Node
 
 C = Path(contract.__file__).parent / "c"
 FLAGS = ["-std=c99", "-Wall", "-Wextra", "-Werror", "-pedantic", "-ffp-contract=off"]
-TYPES = {"float32": "float", "int32": "int32_t", "int16": "int16_t", "int8": "int8_t", "uint8": "uint8_t"}
 BATCH = 3
 
 
@@ -27,53 +26,13 @@ def compiler() -> list[str]:
     pytest.skip("no C compiler")
 
 
-def literal(value: float | str) -> str:
-    return float(value).hex() + "f" if isinstance(value, (float, np.floating)) else str(value)
-
-
-def layer(name: str, call: Call) -> str:
-    """The constant arrays and the layer struct of one call, as the code generator writes them."""
-    lines: list[str] = []
-    members = [f".{k} = {literal(v)}" for k, v in call.fields.items()]
-    for key, array in call.arrays.items():
-        values = ", ".join(literal(v) for v in array.reshape(-1).tolist())
-        lines.append(f"static const {TYPES[str(array.dtype)]} {name}_{key}[] = {{{values}}};")
-        members.append(f".{key} = {name}_{key}")
-    lines.append(f"static const planish_{call.kernel}_layer {name} = {{{', '.join(members)}}};")
-    return "\n".join(lines)
-
-
-def entry(name: str, call: Call, inputs: int) -> str:
-    """`void run_<name>(const int8_t *const *x, int8_t *y, int8_t *scratch)`."""
-    given = ["x"] if call.input_array else [f"x[{i}]" for i in range(inputs)]
-    arguments = ", ".join([f"&{name}", *given, "y", *(["scratch"] if call.scratch else [])])
-    unused = "" if call.scratch else "(void)scratch; "
-    head = f"void run_{name}(const int8_t *const *x, int8_t *y, int8_t *scratch)"
-    return f"{head};\n{head}\n{{\n    {unused}planish_{call.kernel}({arguments});\n}}"
-
-
-def harness(bench: Any) -> tuple[str, dict[str, list[tuple[Node, Call | None]]]]:
-    """One C file with every example of every op, and the nodes by op."""
-    text = ['#include "planish.h"']
-    nodes: dict[str, list[tuple[Node, Call | None]]] = {}
-    for name, op in ops().items():
-        nodes[name] = []
-        for i, example in enumerate(bench.examples(name)):
-            node = bench.node_of(name, example)
-            call = None if op.alias(node) else op.call(node)
-            if call is not None:
-                text += [layer(f"{name}_{i}", call), entry(f"{name}_{i}", call, len(node.inputs))]
-            nodes[name].append((node, call))
-    return "\n".join(text) + "\n", nodes
-
-
 @pytest.fixture(scope="session", params=["-O2", "-O3 -march=native"])
 def library(
     request: pytest.FixtureRequest, bench: Any, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[ctypes.CDLL, dict[str, Any]]:
     """The kernels and the examples, plainly optimized and with everything that the compiler can do on this CPU."""
     folder = tmp_path_factory.mktemp("kernels")
-    text, nodes = harness(bench)
+    text, nodes = bench.harness()
     (folder / "harness.c").write_text(text)
     sources = [str(p) for p in sorted(C.glob("*.c"))]
     command = [
@@ -155,7 +114,7 @@ def test_extreme_inputs_do_not_overflow(bench: Any, library: tuple[ctypes.CDLL, 
 def test_compiles_without_warnings(name: str, bench: Any, tmp_path: Path) -> None:
     if shutil.which(name) is None:
         pytest.skip(f"{name} is not installed")
-    (tmp_path / "harness.c").write_text(harness(bench)[0])
+    (tmp_path / "harness.c").write_text(bench.harness()[0])
     for level in ("-O0", "-O3"):
         for source in [*sorted(C.glob("*.c")), tmp_path / "harness.c"]:
             command = [name, *FLAGS, level, f"-I{C}", "-c", str(source), "-o", str(tmp_path / "out.o")]
@@ -168,7 +127,7 @@ def test_sanitizers_find_nothing(name: str, bench: Any, tmp_path: Path) -> None:
     """Every example once, with buffers of exact size, under the address and undefined-behaviour sanitizers."""
     if shutil.which(name) is None:
         pytest.skip(f"{name} is not installed")
-    text, nodes = harness(bench)
+    text, nodes = bench.harness()
     body: list[str] = []
     for op_name, found in nodes.items():
         for i, (node, call) in enumerate(found):
