@@ -46,7 +46,7 @@ def load(
         raise PlanishError(f"'{spec}' carries its own weights; --weights belongs to a factory (file.py:factory)")
     if path.suffix == ".onnx":
         return onnx_import.load(path, {n: s.shape if isinstance(s, Input) else s for n, s in (inputs or {}).items()})
-    if inputs is not None and (path.suffix == ".pt2" or path.is_dir()):
+    if inputs and (path.suffix == ".pt2" or path.is_dir()):
         raise PlanishError(f"'{spec}' carries its own input shapes; --input belongs to a factory or an .onnx file")
     if path.suffix == ".pt2":
         return from_program(program_file.load(path), None, spec)

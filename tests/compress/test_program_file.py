@@ -351,12 +351,31 @@ def test_a_plain_torch_file_loads(plain: bytes, tmp_path: Path) -> None:
     assert torch.equal(loaded(x), model()(x))  # pyright: ignore[reportArgumentType]
 
 
+def test_torch_itself_reads_what_is_saved(tmp_path: Path) -> None:
+    program_file.save(model().program(), tmp_path / "model.pt2")
+    x = torch.randn(2, 3, 8, 8)
+    assert torch.equal(torch.export.load(tmp_path / "model.pt2").module()(x), model()(x))  # pyright: ignore
+
+
+def test_a_program_that_could_not_be_read_is_not_written(tmp_path: Path) -> None:
+    class Branch(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad():
+                y = x * 2
+            return torch.cond(x.sum() > 0, torch.sin, torch.cos, (y,))
+
+    program = torch.export.export(Branch(), (torch.ones(2),))
+    with pytest.raises(PlanishError, match="cannot be written: .* runs a graph within the graph"):
+        program_file.save(program, tmp_path / "model.pt2")
+    assert not (tmp_path / "model.pt2").exists()
+
+
 def test_bytes_hold_no_path_and_no_sample(tmp_path: Path) -> None:
     program_file.save(model().program(), tmp_path / "a.pt2")
     program_file.save(model().program(), tmp_path / "another_name.pt2")
     data = (tmp_path / "a.pt2").read_bytes()
     assert data == (tmp_path / "another_name.pt2").read_bytes()
-    for text in (str(Path(__file__).parent), Path(__file__).name, "site-packages", 'stack_trace": ', str(tmp_path)):
+    for text in (str(Path(__file__).parent), Path(__file__).name, "site-packages", "stack_trace", str(tmp_path)):
         assert text.encode() not in data
     assert unpack(data)[SAMPLES] == b""
 
