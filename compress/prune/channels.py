@@ -15,7 +15,7 @@ from .. import cost, layers
 from ..model import Entry, Input, Model, from_program
 from ..passes import Context, Pass, matches
 from . import scores
-from .dependency import Dependencies, analyse
+from .dependency import SAMPLES, Dependencies, analyse
 from .goal import Costs, Plan, Ranking, reach
 
 
@@ -102,8 +102,9 @@ class Channels(Pass):
         total = float(original.parameters())
         if self.macs is not None:
             total = 0.0
+            samples = SAMPLES if model.batched else model.inputs[0].shape[0]
             for node in model.graph.graph.nodes:
-                count = cost.node_macs(node, found.shapes)
+                count = cost.node_macs(node, found.shapes) / samples
                 total += count
                 names = [layers.parameter(a) for a in node.args]
                 name = next((n for n in names if n in weights and weights[n].ndim > 1), None)
@@ -148,14 +149,20 @@ class Channels(Pass):
             if action == "pruned":
                 reason = f"{self.criterion}: {list(shapes[0])} -> {list(shapes[1])}"
             else:
-                units = [u for (owner, _), along in found.axes.items() if owner == name for u in along]
-                reasons = [protected[found.group(u)] for u in units if found.group(u) in protected]
-                default = (
-                    "its channels are needed more than those removed" if units else "no channels were followed to it"
-                )
-                reason = reasons[0] if reasons else default
+                reason = _why_left(name, found, protected)
             entries.append(Entry(name, action, reason, *sizes))
         return entries
+
+
+def _why_left(name: str, found: Dependencies, protected: dict[int, str]) -> str:
+    """Why a parameter kept its shape: what protects the channels that it makes, else those that it reads."""
+    axes = sorted((axis in found.consumers, axis) for axis in found.axes if axis[0] == name)
+    for _, axis in axes:
+        groups = [found.group(u) for u in found.axes[axis]]
+        if any(g not in protected for g in groups):
+            return "its channels are needed more than those removed"
+        return protected[groups[0]]
+    return "no channels were followed to it"
 
 
 def refuse_quantized(model: Model, name: str) -> None:
@@ -204,7 +211,10 @@ def check_equal(before: Model, after: Model, found: Dependencies, removed: set[i
     with torch.no_grad():
         wanted, got = (x if isinstance(x, tuple) else (x,) for x in (masked(*inputs), after(*inputs)))
     for a, b in zip(wanted, got, strict=True):
-        if a.shape != b.shape or not torch.allclose(a, b, rtol=1e-3, atol=1e-4 * float(a.abs().max()) + 1e-6):
+        # Sums run in another order, so results differ by rounding. Integer outputs (an arg max) may then differ too.
+        near = 1e-4 if a.dtype in (torch.float32, torch.float64) else 0.05
+        floats = a.dtype.is_floating_point
+        if a.shape != b.shape or (floats and not torch.allclose(a, b, rtol=near, atol=near * float(a.abs().max()))):
             raise RuntimeError(f"prune.channels changed what '{before.source}' computes: this is a fault of planish")
 
 

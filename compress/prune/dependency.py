@@ -36,6 +36,8 @@ class Track:
 
 Tracked = Track | Sequence[Track | None] | None
 """of a tensor, of a list of tensors (split), or nothing known"""
+SAMPLES = 3
+"""batch that shapes are taken with: a batch of one could not be told from a dimension that a view adds or drops"""
 Count = Callable[[Sequence[int]], int]
 """how many of these units remain"""
 
@@ -118,7 +120,15 @@ class Dependencies:
         return True
 
     def close(self) -> None:
-        """Protect what is used in a way no rule accounted for: a weight that some other op reads as well."""
+        """Protect what is used in a way no rule accounted for: a weight that another op reads, or under another name."""
+        owners: dict[int, str] = {}
+        for (name, _), units in self.axes.items():
+            other = owners.setdefault(layers.tensor(self.graph, name).data_ptr(), name)
+            if other != name:
+                self.protect(units, f"'{name}' and '{other}' are one tensor")
+                for (parameter, _), theirs in self.axes.items():
+                    if parameter == other:
+                        self.protect(theirs, f"'{name}' and '{other}' are one tensor")
         for node in self.graph.graph.nodes:
             if node.op != "get_attr":
                 continue
@@ -134,8 +144,7 @@ def analyse(model: Model) -> Dependencies:
     """Walk the graph of `model` and find its groups."""
     from . import rules
 
-    # Three samples: a batch of one could not be told from a dimension that a view adds or drops.
-    found = Dependencies(model.graph, layers.shapes(model, batch=3))
+    found = Dependencies(model.graph, layers.shapes(model, batch=SAMPLES))
     for node in model.graph.graph.nodes:
         if node.op == "output":
             for result in node.all_input_nodes:

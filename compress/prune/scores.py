@@ -60,11 +60,12 @@ def taylor(model: Model, found: Dependencies, data: Data, batch: int, generator:
     index = {name: i for i, name in enumerate(names)}
     total: dict[int, float] = {}
     labels = data.labels
-    count = 0
-    for number, inputs in enumerate(data.batches(model, batch)):
+    count, start = 0, 0
+    for inputs in data.batches(model, batch):
         wanted = None
         if labels is not None:
-            wanted = torch.from_numpy(labels[number * batch : number * batch + len(inputs[0])]).long()
+            wanted = torch.from_numpy(labels[start : start + len(inputs[0])]).long()
+            start += len(inputs[0])
         loss = _loss(model(*inputs), wanted, generator)
         grads = torch.autograd.grad(loss, weights, allow_unused=True)
         change: dict[int, float] = {}

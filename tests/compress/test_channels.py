@@ -289,6 +289,30 @@ def test_a_weight_that_another_op_reads_stays() -> None:
         Channels(macs=0.9, criterion="l2", multiple=1).apply(model, context(model))
 
 
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+        self.b.weight = self.a.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(functional.relu(self.b(functional.relu(self.a(x)))))
+
+
+def test_tensors_under_two_names_stay_tied() -> None:
+    """Whether the tracer keeps two names or one, the shared weight's input is the model's, so nothing of it may go."""
+    torch.manual_seed(0)
+    model = trace(Tied(), {"x": torch.zeros(2, 4)}, "tied")
+    with pytest.raises(PlanishError, match="at best"):
+        Channels(macs=0.9, criterion="l2", multiple=1).apply(model, context(model))
+
+
+def test_planned_cost_is_the_cost_of_the_result(capsys: pytest.CaptureFixture[str]) -> None:
+    model = network("mobile")
+    result = Channels(macs=0.6, criterion="l2", multiple=2).apply(model, context(model))
+    assert f"-> {cost.total_macs(result):,} multiply" in capsys.readouterr().err
+
+
 def test_same_seed_same_bytes() -> None:
     model = network("mobile")
     method = Channels(macs=0.6, multiple=4)
