@@ -6,6 +6,9 @@ multiply-adds (one rounding each):
     ra, rb = float32(a_scale / y_scale), float32(b_scale / y_scale)
     fixed  = float32(y_zp - fma(ra, a_zp, float32(rb * b_zp)))
     y      = saturate(round_half_even(fma(a, ra, fma(b, rb, fixed))))
+
+Where one operand is broadcast it is b, whatever the order in the model. On Arm ONNX Runtime adds with 22-bit integer factors and rounds
+halves away from zero, so there a result that lies next to a rounding boundary may differ by 1 code.
 """
 
 from __future__ import annotations

@@ -60,6 +60,8 @@ def fma(a: Float32, b: Float32 | np.float32, c: Float32 | np.float32) -> Float32
     total = np.asarray(product + addend)
     back = total - product
     lost = (product - (total - back)) + (addend - back)  # exact error of the sum (Knuth's TwoSum)
+    if not lost.any():
+        return total.astype(np.float32)
     bits = total.view(np.int64)
     even = (lost != 0) & (bits & 1 == 0)
     step = np.where((lost > 0) == (total > 0), 1, -1)
