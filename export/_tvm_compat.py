@@ -5,6 +5,10 @@ TVM 0.27 names: `tirx` (was tir), `s_tir` (schedules), targets as dictionaries, 
 
 from __future__ import annotations
 
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -37,3 +41,22 @@ def load() -> Any:
         PrimFunc=tirx.PrimFunc,
         Target=tvm.target.Target,
     )
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Send the process's standard error to nowhere meanwhile: TVM's C++ side logs there, by the hundred lines, what no user can act on.
+
+    Failures are not hidden: they come as exceptions.
+    """
+    sys.stderr.flush()
+    kept = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)

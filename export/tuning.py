@@ -101,7 +101,7 @@ def tune(model: onnx.ModelProto, target: Target, trials: int, seed: int = 0, dea
     ir = _tvm_compat.load()
     llvm = llvm_target(target)
     unit = tvm_schedule.vector_unit(target)
-    module = tvm_import.to_relax(tvm_import.whole_numbers(tvm_import.fix_batch(model)).model)
+    module = tvm_import.to_relax(tvm_import.whole_numbers(tvm_import.fix_batch(model)).model).module
     functions: dict[str, Any] = {}
     for _, function in module.functions_items():
         work = tvm_schedule.workload(function) if isinstance(function, ir.PrimFunc) else None
@@ -132,7 +132,8 @@ def _search(
             kernel = tvm_schedule.tile(function, unit, tiling)
         except ir.ScheduleError:
             continue
-        compiled = ir.tvm.compile(ir.tvm.IRModule({"main": kernel}), target=ir.Target(llvm))["main"]
+        public = ir.tvm.IRModule({"main": kernel.with_attr("global_symbol", "main")})
+        compiled = ir.tvm.compile(public, target=ir.Target(llvm))["main"]
         runs.append((_microseconds(compiled, arguments, 5), tiling, compiled))
     if not runs:
         return None

@@ -9,6 +9,7 @@ import math
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from . import _tvm_compat, tuning, tvm_import, tvm_schedule
 from .format import Format, Source, Written
 
 LIBRARY = "model.so"
+MEASURED_SAMPLES = 16
+"""golden samples on which the difference to ONNX Runtime is measured for the manifest"""
 UNSCHEDULED_FACTOR = 65
 """how much slower than ONNX Runtime TVM's own loops are: ResNet-20, one thread, AVX-512 (benchmarks/tvm.py prints it)"""
 
@@ -36,6 +39,8 @@ class Compiled:
     """by the name under which the virtual machine calls them"""
     layers: list[tvm_import.Layer]
     """how each op of the quantized graph is computed; empty for a float model"""
+    layout: str
+    """of the tensors between kernels"""
     workspace_bytes: int
     """activations and temporaries that are alive at once, as TVM planned them"""
 
@@ -58,7 +63,8 @@ class Tvm(Format):
             if target.kind != "host":
                 raise PlanishError(f"tune_trials measures on this machine; target '{target.name}' is another one")
             records |= tuning.tune(source.onnx, target, self.tune_trials, self.seed).tilings()
-        compiled = compile_model(fixed, target, records)
+        with _tvm_compat.quiet():
+            compiled = compile_model(fixed, target, records)
         library = folder / LIBRARY
         link(compiled.executable, target, library)
         kernels = compiled.kernels
@@ -84,10 +90,11 @@ class Tvm(Format):
                 "batch": 1,
                 "tvm": _tvm_compat.load().tvm.__version__,
                 "llvm_target": llvm,
+                "layout": compiled.layout,
                 "schedule": dict(Counter(s.origin for s in kernels.values())),
                 "schedule_measured_on_target": measured_here and any(s.origin == "record" for s in kernels.values()),
                 "kernels": rows,
-                "quantized": _arithmetic(compiled.layers),
+                "quantized": _arithmetic(compiled.layers, _difference(source.onnx, fixed, source.golden_inputs)),
             },
             warnings=tuple(warnings),
         )
@@ -106,19 +113,22 @@ def llvm_target(target: Target) -> dict[str, Any]:
     return {"kind": "llvm", "mtriple": _linux(target), "mcpu": target.cpu}
 
 
-def compile_model(fixed: onnx.ModelProto, target: Target, records: dict[str, tvm_schedule.Tiling]) -> Compiled:
-    """Import, schedule and compile a model of fixed shapes (see tvm_import.fix_batch)."""
+def compile_model(
+    fixed: onnx.ModelProto, target: Target, records: dict[str, tvm_schedule.Tiling], plain: bool = False
+) -> Compiled:
+    """Import, schedule and compile a model of fixed shapes (see tvm_import.fix_batch). `plain` leaves TVM's own loops, to compare."""
     ir = _tvm_compat.load()
     rewritten = tvm_import.whole_numbers(fixed)
-    module = tvm_import.to_relax(rewritten.model)
+    imported = tvm_import.to_relax(rewritten.model)
+    module = imported.module
     unit = tvm_schedule.vector_unit(target)
     kernels: dict[str, tvm_schedule.Scheduled] = {}
     for variable, function in list(module.functions_items()):
-        if isinstance(function, ir.PrimFunc):
+        if isinstance(function, ir.PrimFunc) and not plain:
             kernels[variable.name_hint] = tvm_schedule.schedule(function, unit, records)
             module.update_func(variable, kernels[variable.name_hint].function)
     executable = ir.tvm.compile(module, target=ir.Target(llvm_target(target)))
-    return Compiled(executable, kernels, rewritten.layers, _workspace(module, kernels))
+    return Compiled(executable, kernels, rewritten.layers, imported.layout, _workspace(module, kernels))
 
 
 def link(executable: Any, target: Target, library: Path) -> None:
@@ -184,7 +194,30 @@ def _row(name: str, scheduled: tvm_schedule.Scheduled) -> dict[str, Any]:
     return row
 
 
-def _arithmetic(layers: list[tvm_import.Layer]) -> dict[str, Any] | None:
+def _difference(
+    model: onnx.ModelProto, fixed: onnx.ModelProto, golden: Mapping[str, np.ndarray]
+) -> dict[str, Any] | None:
+    """How far the whole-number graph is from the quantized one on golden inputs, both in ONNX Runtime; None for a float model."""
+    rewritten = tvm_import.whole_numbers(fixed)
+    if not rewritten.layers or not golden:
+        return None
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 4
+    sessions = [ort.InferenceSession(m.SerializeToString(), options) for m in (model, rewritten.model)]
+    count = min(MEASURED_SAMPLES, len(next(iter(golden.values()))))
+    largest = difference = 0.0
+    for i in range(count):
+        feeds = {name: np.ascontiguousarray(a[i : i + 1]) for name, a in golden.items()}
+        for want, got in zip(*(s.run(None, feeds) for s in sessions), strict=True):
+            largest = max(largest, float(np.abs(want.astype(np.float64)).max(initial=0)))
+            difference = max(difference, float(np.abs(want.astype(np.float64) - got).max(initial=0)))
+    return {"samples": count, "largest_output_difference": difference, "largest_output": largest}
+
+
+def _arithmetic(layers: list[tvm_import.Layer], measured: dict[str, Any] | None) -> dict[str, Any] | None:
     """What the manifest says of quantized layers; None for a float model."""
     if not layers:
         return None
@@ -195,6 +228,7 @@ def _arithmetic(layers: list[tvm_import.Layer]) -> dict[str, Any] | None:
             "given equal input codes: 0 codes from the integer contract for layers marked exact; "
             f"at most 1 code per quantized tensor after float32 {', '.join(inexact) or 'layers'}"
         ),
+        "measured_against_onnx_runtime": measured,
         "layers": [
             {"node": x.node, "op": x.op, "arithmetic": x.arithmetic}
             | ({"largest_sum": x.largest_sum} if x.largest_sum is not None else {})

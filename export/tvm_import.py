@@ -9,8 +9,9 @@ Whether the bound holds is known from the weights, checked for every layer and r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -18,14 +19,13 @@ import onnx
 from onnx import helper, numpy_helper
 
 from ..common.errors import PlanishError, listed
+from ..kernels import integer
 from . import _tvm_compat
 
 EXACT = 2**24
 """whole numbers below it are exact in float32 (24 bit significand)"""
 MOVES = ("MaxPool", "Reshape", "Flatten", "Transpose", "Slice", "Squeeze", "Unsqueeze", "Identity", "Gather")
 """ops that only move or select values: they act on codes as on the numbers behind them"""
-AVERAGES = ("AveragePool", "GlobalAveragePool", "ReduceMean")
-"""linear ops without weights: they act on codes up to the rounding of the division"""
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,8 @@ class Scaled:
     """the whole numbers themselves, float32, for a constant"""
     axis: int = 0
     """axis of `factor` when it has channels"""
+    divisor: int = 1
+    """what the sum is divided by to be a mean: part of the requantization's one factor"""
     rectified: bool = False
     """negative numbers count as zero (a ReLU that the next clip applies)"""
 
@@ -65,6 +67,15 @@ class Rewritten:
 
     model: onnx.ModelProto
     layers: list[Layer] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Imported:
+    """A Relax module of fused kernels in plain loops."""
+
+    module: Any
+    layout: str
+    """of the tensors between convolutions, for the manifest"""
 
 
 def fix_batch(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -91,7 +102,7 @@ def fix_batch(model: onnx.ModelProto) -> onnx.ModelProto:
     return onnx.shape_inference.infer_shapes(fixed, strict_mode=False, data_prop=True)
 
 
-def to_relax(model: onnx.ModelProto) -> Any:
+def to_relax(model: onnx.ModelProto) -> Imported:
     """A Relax module for a float model with fixed shapes, convolutions channels last. PlanishError names a node of an unknown op."""
     ir = _tvm_compat.load()
     known = _known_ops()
@@ -110,7 +121,14 @@ def to_relax(model: onnx.ModelProto) -> Any:
     transform = ir.relax.transform
     layouts = {"relax.nn.conv2d": ["NHWC", "HWIO"]}
     module = _simplify(transform.DecomposeOpsForInference()(module))
-    module = _simplify(transform.ConvertLayout(layouts)(module))
+    layout = "as in the ONNX file"
+    if any(node.op_type == "Conv" for node in model.graph.node):
+        try:
+            module, layout = _simplify(transform.ConvertLayout(layouts)(module)), "channels last"
+        except (
+            RuntimeError
+        ) as error:  # TVM 0.27 cannot follow some shapes of graph; the schedules work on either layout
+            layout += f"; TVM cannot convert it: {str(error).strip().splitlines()[-1][:200]}"
     passes = [
         transform.FoldConstant(),
         transform.CanonicalizeBindings(),
@@ -121,7 +139,7 @@ def to_relax(model: onnx.ModelProto) -> Any:
         transform.FuseTIR(),
         transform.DeadCodeElimination(),
     ]
-    return ir.tvm.transform.Sequential(passes)(module)
+    return Imported(ir.tvm.transform.Sequential(passes)(module), layout)
 
 
 def _simplify(module: Any) -> Any:
@@ -221,19 +239,26 @@ class _Rewriter:
         """codes by name of the QuantizeLinear output: (as whole numbers, zero point, dtype)"""
         self.made: set[str] = set()
         """float tensors that exist"""
+        self.zeros: dict[str, int] = {}
+        """zero points, counted in unsigned codes, of dequantized activations"""
+        self.done: set[str] = set()
+        """outputs of nodes that were computed together with an earlier one"""
         self.layers: list[Layer] = []
         self.uses: dict[str, list[onnx.NodeProto]] = {}
         for node in model.graph.node:
             for name in node.input:
                 self.uses.setdefault(name, []).append(node)
         values = [*model.graph.value_info, *model.graph.output, *model.graph.input]
-        self.rank = {v.name: len(v.type.tensor_type.shape.dim) for v in values}
+        self.shape = {v.name: [int(d.dim_value) for d in v.type.tensor_type.shape.dim] for v in values}
+        self.rank = {name: len(shape) for name, shape in self.shape.items()}
         self.rank |= {n: a.ndim for n, a in self.constants.items()}
 
     def run(self) -> Rewritten:
         if not any(n.op_type in ("QuantizeLinear", "DequantizeLinear") for n in self.model.graph.node):
             return Rewritten(self.model)
         for node in self.model.graph.node:
+            if node.output[0] in self.done:
+                continue
             if node.op_type == "Constant":
                 self.constants[node.output[0]] = _constant(node)
                 self.rank[node.output[0]] = self.constants[node.output[0]].ndim
@@ -241,6 +266,8 @@ class _Rewriter:
                 self._quantize(node)
             elif node.op_type == "DequantizeLinear":
                 self._dequantize(node)
+            elif any(n in self.quantized for n in node.input):
+                self._move_codes(node)
             elif not self._integer(node):
                 self._float_node(node)
         for value in self.model.graph.output:
@@ -287,7 +314,7 @@ class _Rewriter:
             self.made.discard(name)
             del self.scaled[name]
             return name
-        factor = self._broadcast(known.factor, self.rank[name], known.axis)
+        factor = self._broadcast(known.factor / np.float32(known.divisor), self.rank[name], known.axis)
         product = self._emit("Mul", [known.codes, self._store(f"{name}.factor", factor)], f"{name}.scaled")
         self._emit("Relu" if known.rectified else "Identity", [product], name)
         return name
@@ -305,7 +332,7 @@ class _Rewriter:
     def _dequantize(self, node: onnx.NodeProto) -> None:
         name, out = node.input[0], node.output[0]
         scale = self._constant_input(node, 1).astype(np.float32)
-        zero = self._constant_input(node, 2) if len(node.input) > 2 and node.input[2] else np.zeros((), np.int32)
+        zero = self._zero(node)
         attributes = _attributes(node)
         if name in self.constants:
             self._dequantize_constant(out, self.constants[name], scale, zero, attributes)
@@ -315,6 +342,7 @@ class _Rewriter:
                 f"node '{node.name or out}': an activation has {scale.size} scales; the tvm format takes one a tensor"
             )
         z = int(zero.reshape(-1)[0])
+        self.zeros[out] = z + _unsigned(zero.dtype)
         if name in self.quantized:
             known, made_zero, _ = self.quantized[name]
             if made_zero == z:
@@ -352,7 +380,7 @@ class _Rewriter:
     def _quantize(self, node: onnx.NodeProto) -> None:
         name, out = node.input[0], node.output[0]
         scale = self._constant_input(node, 1).astype(np.float32)
-        zero = self._constant_input(node, 2) if len(node.input) > 2 and node.input[2] else np.zeros((), np.uint8)
+        zero = self._zero(node)
         if scale.size != 1:
             raise PlanishError(
                 f"node '{node.name or out}': QuantizeLinear has {scale.size} scales; the tvm format takes one a tensor"
@@ -371,7 +399,8 @@ class _Rewriter:
             return
         if known is not None and known.summed:
             bottom = max(low, 0) if known.rectified else low
-            ratio = self._broadcast((known.factor / scale).astype(np.float32), self.rank[name], known.axis)
+            grid = np.float32(scale * np.float32(known.divisor))
+            ratio = self._broadcast((known.factor / grid).astype(np.float32), self.rank[name], known.axis)
             steps = known.codes
             if not (ratio == 1).all():
                 steps = self._emit("Mul", [steps, self._store(f"{out}.ratio", ratio)], f"{out}.steps")
@@ -383,6 +412,41 @@ class _Rewriter:
         largest = max(abs(bottom), abs(high))
         self.quantized[out] = (Scaled(codes, scale, largest), z, zero.dtype)
 
+    def _move_codes(self, node: onnx.NodeProto) -> None:
+        """An op between QuantizeLinear and DequantizeLinear: it may move codes, concatenate them, or pad with a code."""
+        out = node.output[0]
+        known, zero, dtype = next(self.quantized[n] for n in node.input if n in self.quantized)
+        inputs, largest = [], known.largest
+        for index, name in enumerate(node.input):
+            if name in self.quantized:
+                part, part_zero, _ = self.quantized[name]
+                largest = max(largest, part.largest + abs(part_zero - zero))
+                inputs.append(
+                    part.codes
+                    if part_zero == zero
+                    else self._emit(
+                        "Add", [part.codes, self._number(f"{out}.shift{index}", part_zero - zero)], f"{out}.part{index}"
+                    )
+                )
+            elif node.op_type == "Pad" and index == 2 and name:
+                code = int(self._constant_input(node, 2).reshape(-1)[0])
+                largest = max(largest, abs(code - zero))
+                inputs.append(self._number(f"{out}.border", code - zero))
+            else:
+                inputs.append(name)
+        if node.op_type == "Pad" and not (len(node.input) > 2 and node.input[2]):  # ONNX pads with code 0
+            largest = max(largest, abs(zero))
+            inputs[2:3] = [self._number(f"{out}.border", -zero)]
+        if node.op_type not in (*MOVES, "Pad", "Concat") or len(node.output) != 1:
+            raise PlanishError(
+                f"node '{node.name or out}': {node.op_type} on codes; between QuantizeLinear and DequantizeLinear the "
+                f"tvm format knows {', '.join((*MOVES, 'Pad', 'Concat'))}"
+            )
+        copy = helper.make_node(node.op_type, inputs, [f"{out}.codes"], name=node.name)
+        copy.attribute.extend(node.attribute)
+        self.nodes.append(copy)
+        self.quantized[out] = (replace(known, codes=f"{out}.codes", largest=largest), zero, dtype)
+
     def _integer(self, node: onnx.NodeProto) -> bool:
         """Whether the node was computed on whole numbers."""
         if not node.input or node.input[0] not in self.scaled:
@@ -393,20 +457,42 @@ class _Rewriter:
         if node.op_type == "Add":
             return self._sum(node)
         if node.op_type == "Relu" and x.summed and self._only_quantized(node.output[0]):
-            self.scaled[node.output[0]] = Scaled(x.codes, x.factor, x.largest, True, None, x.axis, True)
+            self.scaled[node.output[0]] = replace(x, rectified=True)
             return True
-        if node.op_type in (*MOVES, *AVERAGES) and not x.summed and x.constant is None and len(node.output) == 1:
-            out = node.output[0]
-            others = [self._float(n) if n else n for n in node.input[1:]]
-            copy = helper.make_node(node.op_type, [x.codes, *others], [f"{out}.codes"], name=node.name)
-            copy.attribute.extend(node.attribute)
-            self.nodes.append(copy)
-            average = node.op_type in AVERAGES
-            self.scaled[out] = Scaled(f"{out}.codes", x.factor, x.largest, summed=average)
-            if average:
-                self.layers.append(Layer(node.name or out, node.op_type, "float32"))
-            return True
-        return False
+        if x.summed or x.constant is not None or len(node.output) != 1:
+            return False
+        if node.op_type == "AveragePool":
+            return self._average(node)
+        if node.op_type in ("GlobalAveragePool", "ReduceMean"):
+            return self._mean(node, x)
+        if node.op_type not in MOVES:
+            return False
+        out = node.output[0]
+        copy = helper.make_node(node.op_type, [x.codes, *map(self._float, node.input[1:])], [f"{out}.codes"])
+        copy.name = node.name
+        copy.attribute.extend(node.attribute)
+        self.nodes.append(copy)
+        self.scaled[out] = replace(x, codes=f"{out}.codes")
+        self.zeros[out] = self.zeros[node.input[0]]
+        return True
+
+    def _mean(self, node: onnx.NodeProto, x: Scaled) -> bool:
+        """Mean over the pixels of (n, channels, ...): the exact sum of whole numbers, the division left to the factor."""
+        out, shape = node.output[0], self.shape[node.input[0]]
+        attributes = _attributes(node)
+        axes = list(range(2, len(shape)))
+        if node.op_type == "ReduceMean":
+            given = self.constants.get(node.input[1]) if len(node.input) > 1 else attributes.get("axes")
+            if given is None or sorted(int(a) % len(shape) for a in given) != axes:
+                return False
+        pixels = math.prod(shape[a] for a in axes)
+        names = [x.codes, self._store(f"{out}.axes", np.array(axes, np.int64))]
+        total = self._emit("ReduceSum", names, f"{out}.sum", keepdims=attributes.get("keepdims", 1))
+        largest = x.largest * pixels
+        self.scaled[out] = Scaled(total, x.factor, largest, summed=True, divisor=pixels)
+        kind = "exact integers in float32" if largest < EXACT else "float32"
+        self.layers.append(Layer(node.name or out, node.op_type, kind, largest))
+        return True
 
     def _product(self, node: onnx.NodeProto, x: Scaled) -> bool:
         """A convolution or matrix product of codes with constant codes, and int32 bias codes if there is a bias."""
@@ -440,31 +526,71 @@ class _Rewriter:
         return True
 
     def _sum(self, node: onnx.NodeProto) -> bool:
-        """A residual add of two quantized tensors whose sum is quantized: each side is brought to the output's grid first."""
+        """Add of two quantized tensors whose sum is quantized, by the formula of kernels/add.py.
+
+        The sums are written so that LLVM contracts each product and sum into the fused multiply-add that the formula asks for.
+        """
+        end = self._quantizer_after(node.output[0])
         sides = [self.scaled.get(n) for n in node.input]
-        out = node.output[0]
-        end = self._quantizer_after(out)
         if end is None or any(s is None or s.summed or s.constant is not None or s.factor.ndim for s in sides):
             return False
-        relu, quantizer = end
-        scale = self._constant_input(quantizer, 1).astype(np.float32).reshape(-1)
-        if scale.size != 1:
-            return False
-        terms = [
-            self._emit(
-                "Mul",
-                [side.codes, self._number(f"{out}.ratio{i}", side.factor / scale[0])],
-                f"{out}.term{i}",
-            )
-            for i, side in enumerate(sides)
-            if side is not None
+        first, second = (s for s in sides if s is not None)
+        out, (scale, zero) = node.output[0], self._grid(end[1])
+        zeros = [self.zeros[n] for n in node.input]
+        ratios = [(s.factor / scale).astype(np.float32) for s in (first, second)]
+        shift = integer.fma(np.array(zeros[0], np.float32), ratios[0], ratios[1] * np.float32(zeros[1]))
+        fixed = np.float32(zero) - np.float32(shift)
+        codes = [
+            self._emit("Add", [s.codes, self._number(f"{out}.zero{i}", zeros[i])], f"{out}.code{i}")
+            for i, s in enumerate((first, second))
         ]
-        total = self._emit("Add", terms, f"{out}.steps")
+        terms = [
+            self._emit("Mul", [codes[i], self._number(f"{out}.ratio{i}", ratios[i])], f"{out}.term{i}") for i in (0, 1)
+        ]
+        offset = self._emit("Add", [terms[1], self._number(f"{out}.fixed", fixed)], f"{out}.offset")
+        self._saturate(self._emit("Add", [terms[0], offset], f"{out}.steps"), end)
         self.layers.append(Layer(node.name or out, "Add", "float32"))
-        self.scaled[out] = Scaled(total, scale[0], EXACT, summed=True)
-        if relu is not None:
-            self.rank[relu.output[0]] = self.rank[out]
         return True
+
+    def _average(self, node: onnx.NodeProto) -> bool:
+        """AveragePool of codes whose result is quantized, by the formula of kernels/average_pool.py: on real values."""
+        end = self._quantizer_after(node.output[0])
+        if end is None:
+            return False
+        out, (scale, zero) = node.output[0], self._grid(end[1])
+        copy = helper.make_node("AveragePool", [self._float(node.input[0])], [f"{out}.mean"], name=node.name)
+        copy.attribute.extend(node.attribute)
+        self.nodes.append(copy)
+        steps = self._emit("Div", [f"{out}.mean", self._number(f"{out}.scale", scale)], f"{out}.steps")
+        self._saturate(self._emit("Add", [steps, self._number(f"{out}.zero", zero)], f"{out}.codes.real"), end)
+        self.layers.append(Layer(node.name or out, "AveragePool", "float32"))
+        return True
+
+    def _saturate(self, value: str, end: tuple[onnx.NodeProto | None, onnx.NodeProto]) -> None:
+        """Round and clip a value that counts in unsigned codes, and take the place of the Relu and QuantizeLinear in `end`."""
+        relu, quantizer = end
+        out = quantizer.output[0]
+        scale, zero = self._grid(quantizer)
+        dtype = self._zero(quantizer).dtype
+        low, high = (limit + _unsigned(dtype) for limit in _limits(dtype))
+        bottom = zero if relu is not None else low
+        rounded = self._emit("Round", [value], f"{out}.rounded")
+        bounds = [self._number(f"{out}.low", bottom), self._number(f"{out}.high", high)]
+        clipped = self._emit("Clip", [rounded, *bounds], f"{out}.clipped")
+        codes = self._emit("Sub", [clipped, self._number(f"{out}.zero", zero)], f"{out}.codes")
+        known = Scaled(codes, scale, max(abs(bottom - zero), abs(high - zero)))
+        self.quantized[out] = (known, zero - _unsigned(dtype), dtype)
+        self.done |= {out} | ({relu.output[0]} if relu is not None else set())
+
+    def _grid(self, quantizer: onnx.NodeProto) -> tuple[np.ndarray, int]:
+        """Scale () of a QuantizeLinear and its zero point as counted in unsigned codes."""
+        zero = self._zero(quantizer)
+        scale = self._constant_input(quantizer, 1).astype(np.float32).reshape(())
+        return scale, int(zero.reshape(-1)[0]) + _unsigned(zero.dtype)
+
+    def _zero(self, node: onnx.NodeProto) -> np.ndarray:
+        """The zero point of a QuantizeLinear or DequantizeLinear; ONNX's default is uint8 0."""
+        return self._constant_input(node, 2) if len(node.input) > 2 and node.input[2] else np.zeros((), np.uint8)
 
     def _quantizer_after(self, name: str) -> tuple[onnx.NodeProto | None, onnx.NodeProto] | None:
         """The QuantizeLinear that alone consumes `name`, and the Relu between them if there is one."""
@@ -518,6 +644,11 @@ def _constant(node: onnx.NodeProto) -> np.ndarray:
 
 def _attributes(node: onnx.NodeProto) -> dict[str, Any]:
     return {a.name: helper.get_attribute_value(a) for a in node.attribute}
+
+
+def _unsigned(dtype: np.dtype[Any]) -> int:
+    """What turns a code of this type into the unsigned one: ONNX Runtime's formulas with a zero point count in uint8."""
+    return -_limits(dtype)[0]
 
 
 def _limits(dtype: np.dtype[Any]) -> tuple[int, int]:

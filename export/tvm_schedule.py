@@ -121,20 +121,16 @@ def schedule(function: Any, unit: VectorUnit, records: dict[str, Tiling]) -> Sch
     """The kernel with the best known loop order: the record of its workload, else the default tiling, else vectors."""
     ir = _tvm_compat.load()
     work = workload(function)
-    failure = "it has several sums" if _sums(ir.Schedule(function)) else ""
-    if work is not None:
+    if work is None and _sums(ir.Schedule(function)):
+        return Scheduled(function, None, None, "none", "several sums, as in a softmax")
+    try:
+        if work is None:
+            return Scheduled(_vectorize(function, unit), None, None, "vectorized")
         record = records.get(work.key)
         tiling = record or default_tiling(work, unit)
-        try:
-            return Scheduled(tile(function, unit, tiling), work, tiling, "record" if record else "default")
-        except ir.ScheduleError as error:
-            failure = str(error).strip().splitlines()[-1]
-    else:
-        try:
-            return Scheduled(_vectorize(function, unit), None, None, "vectorized")
-        except ir.ScheduleError as error:
-            failure = str(error).strip().splitlines()[-1]
-    return Scheduled(function, work, None, "none", failure)
+        return Scheduled(tile(function, unit, tiling), work, tiling, "record" if record else "default")
+    except ir.ScheduleError as error:
+        return Scheduled(function, work, None, "none", str(error).strip().splitlines()[-1])
 
 
 def workload(function: Any) -> Workload | None:
@@ -261,12 +257,10 @@ def _inline_around(sch: Any, total: Any) -> Any:
 
 
 def _vectorize(function: Any, unit: VectorUnit) -> Any:
-    """A kernel without sums: all steps in one loop nest with the last axis as vectors. Kernels with several sums stay as they are."""
+    """A kernel without sums: all steps in one loop nest with the last axis as vectors."""
     ir = _tvm_compat.load()
     sch = ir.Schedule(function)
     blocks = sch.get_child_blocks(sch.get_sblock("root"))
-    if _sums(sch):
-        return function
     for block in blocks:
         if sch.get_consumers(block):
             sch.compute_inline(block)
