@@ -49,7 +49,10 @@ class C(Format):
         shapes = {v.name: onnx.describe(v)["shape"] for v in [*source.onnx.graph.input, *source.onnx.graph.output]}
         details = {k: v for k, v in facts.items() if k not in ("inputs", "outputs", "name")}
         inputs, outputs = (
-            [{k: v for k, v in b.items() if k != "size"} | {"shape": shapes[b["name"]]} for b in facts[side]]
+            [
+                {k: v for k, v in b.items() if k not in ("size", "offset")} | {"shape": shapes[b["name"]]}
+                for b in facts[side]
+            ]
             for side in ("inputs", "outputs")
         )
         return Written(inputs, outputs, flash, ram, details, tuple(warnings))
@@ -152,6 +155,7 @@ def _border(border: Border, name: str, direction: str) -> dict[str, Any]:
         "code_dtype": "int8",
         "function": f"{name}_{direction}{border.suffix}",
         "size": border.size,
+        "offset": border.offset,
     }
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from ..common.errors import PlanishError, listed
 from ..kernels import layout
 from ..kernels.op import Node, Op, Tensor, ops
+from . import codes
 
 Array = np.ndarray[Any, Any]
 
@@ -35,27 +36,13 @@ class Port:
         return tuple(self.axes[a] for a in layout.order(len(self.tensor.shape)))
 
     def to_codes(self, x: Array) -> Array:
-        """int8 codes (n, ...) of the tensor's shape for values (n, ...) of the model's dtype and shape.
+        """int8 codes (n, ...) of the tensor's shape for values (n, ...) of the model's dtype and shape."""
+        return codes.to_codes(x, self.dtype, self.tensor.scale, self.tensor.zero_point).transpose(self.axes)
 
-        Real values are quantized as ONNX QuantizeLinear defines it: float32 division, round half to even, saturate.
-        """
-        if self.dtype == "uint8":
-            codes = (x.astype(np.int16) - 128).astype(np.int8)
-        elif self.dtype == "int8":
-            codes = x.astype(np.int8)
-        else:
-            real = np.rint(x.astype(np.float32) / self.tensor.scale) + np.float32(self.tensor.zero_point)
-            codes = np.clip(real, -128, 127).astype(np.int8)
-        return codes.transpose(self.axes)
-
-    def from_codes(self, codes: Array) -> Array:
+    def from_codes(self, x: Array) -> Array:
         """Values (n, ...) of the model's dtype and shape for int8 codes (n, ...) of the tensor's shape."""
-        codes = codes.transpose(np.argsort(self.axes))
-        if self.dtype == "uint8":
-            return (codes.astype(np.int16) + 128).astype(np.uint8)
-        if self.dtype == "int8":
-            return codes
-        return (codes.astype(np.int32) - self.tensor.zero_point).astype(np.float32) * self.tensor.scale
+        x = x.transpose(np.argsort(self.axes))
+        return codes.from_codes(x, self.dtype, self.tensor.scale, self.tensor.zero_point)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,304 @@
+"""Runtime `emulator`: the firmware of a `c` artifact in an emulated Cortex-M, memories at the device's own addresses.
+
+Instruction counts are exact and the same in every repeat; they are not cycles. The count is taken by basic block: a block
+runs from its first instruction to its last, so its instructions may be added when it is entered (an instruction whose
+condition fails takes its place in the pipeline and counts). The firmware calls an
+empty function after every layer, which starts a block of its own, so that the counts at layer borders are exact too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+
+from ..common.errors import Missing, PlanishError, missing_extra
+from ..export import firmware
+from ..export.artifact import Artifact
+from ..targets import target as targets
+from . import c_model
+from .session import Arrays, Layer, Profile, Runtime, Session
+
+PAINT = 0xA5
+"""fills the free RAM before the start; what differs afterwards was stack"""
+SYSTEM = 0xE000E000
+"""system control space: start-up switches the floating-point unit on there"""
+PAGE = 4096
+LONGEST = 100_000_000_000
+"""instructions after which one inference is taken to hang"""
+
+
+class Emulator(Runtime):
+    """Cortex-M0+, M3, M4, M7 and M33 in the `unicorn` package."""
+
+    formats: ClassVar[tuple[str, ...]] = ("c",)
+
+    def open(self, artifact: Artifact, threads: int) -> EmulatorSession:
+        """Load firmware.elf and start it. Raises Missing for a core that unicorn does not emulate."""
+        return EmulatorSession(artifact)
+
+
+@dataclass
+class Counts:
+    """Instructions of one inference."""
+
+    total: int = 0
+    layers: list[int] = field(default_factory=list)
+    """one number a layer"""
+    order: list[int] = field(default_factory=list)
+    """layer numbers as the firmware reported them"""
+
+
+class EmulatorSession(Session):
+    """Firmware that waits for a sample."""
+
+    def __init__(self, artifact: Artifact) -> None:
+        self.artifact = artifact
+        self.model = c_model.load(artifact)
+        self.machine = Machine(artifact, self.model)
+
+    def run(self, inputs: Arrays) -> dict[str, np.ndarray]:
+        """Outputs for a batch, one sample after another as on the device."""
+        packed = self.model.pack(inputs)
+        memory = [np.empty((len(packed[0]), b.size), np.int8) for b in self.model.outputs]
+        for i in range(len(packed[0])):
+            for m, code in zip(memory, self.machine.infer([p[i] for p in packed]), strict=True):
+                m[i] = code
+        return self.model.unpack(memory)
+
+    def profile(self, inputs: Arrays, runs: int, warmup: int) -> Profile:
+        """Exact instruction counts for the first sample; `runs` and `warmup` change nothing about them."""
+        packed = self.model.pack(inputs)
+        counts = self.machine.count([p[0] for p in packed])
+        expected = list(range(len(self.model.layers)))
+        if counts.order != expected:
+            raise PlanishError(f"the firmware reported its layers in the order {counts.order}; {expected} was expected")
+        stack = self.machine.stack_bytes()
+        sizes = firmware.sizes(self.machine.elf_path)
+        toolchain = self.model.facts.get("toolchain") or {}
+        return Profile(
+            target=self.artifact.target,
+            format=self.artifact.format,
+            kind="emulated",
+            instructions=counts.total,
+            macs=self.model.macs,
+            ram_bytes=sizes.ram + stack,
+            stack_bytes=stack,
+            flash_bytes=sizes.flash,
+            file_bytes=self.machine.elf_path.stat().st_size,
+            layers=tuple(
+                Layer(x["name"], x["op"], x["macs"], None, n)
+                for x, n in zip(self.model.layers, counts.layers, strict=True)
+            ),
+            environment={
+                "emulator": f"unicorn {_unicorn().__version__}",
+                "core": self.machine.target.core,
+                **toolchain,
+            },
+        )
+
+
+class Machine:
+    """An emulated microcontroller that runs one firmware."""
+
+    def __init__(self, artifact: Artifact, model: c_model.CModel) -> None:
+        self.model = model
+        self.target = targets.load(artifact.target)
+        self.flash, self.ram = firmware.regions(self.target)
+        self.elf_path = artifact.folder / "firmware.elf"
+        if self.target.emulator != "unicorn":
+            raise Missing(
+                f"target '{self.target.name}' ({self.target.core}) needs {self.target.emulator}: the unicorn package has no "
+                f"such core ({', '.join(sorted(cores()))} it has), and planish does not drive that emulator yet"
+            )
+        if not self.elf_path.is_file():
+            raise PlanishError(
+                f"artifact '{artifact.folder}' has no firmware.elf; export it again with ziglang installed"
+            )
+        unicorn = _unicorn()
+        from unicorn import arm_const
+
+        self.registers = arm_const
+        known = cores()
+        if self.target.emulator_cpu not in known:
+            raise Missing(f"unicorn has no core '{self.target.emulator_cpu}'; it has {', '.join(sorted(known))}")
+        self.uc: Any = unicorn.Uc(unicorn.UC_ARCH_ARM, unicorn.UC_MODE_THUMB | unicorn.UC_MODE_MCLASS)
+        self.uc.ctl_set_cpu_model(known[self.target.emulator_cpu])
+        self.symbols = self._load()
+        self._start()
+
+    def infer(self, inputs: list[np.ndarray]) -> list[np.ndarray]:
+        """int8 codes of the outputs for int8 codes (size,) of the inputs."""
+        arena = self.symbols["arena"]
+        for border, x in zip(self.model.inputs, inputs, strict=True):
+            self.uc.mem_write(arena + border.offset, x.tobytes())
+        self._until("planish_done")
+        found = [np.frombuffer(bytes(self.uc.mem_read(arena + b.offset, b.size)), np.int8) for b in self.model.outputs]
+        self._until("planish_ready")
+        return found
+
+    def count(self, inputs: list[np.ndarray]) -> Counts:
+        """Instructions of one inference, from the entry of the model's run function to its return."""
+        import unicorn
+
+        counts = Counts()
+        entry, mark, done = (self.symbols[s] for s in (f"{self.model.name}_run", "planish_layer_done", "planish_done"))
+        sizes: dict[tuple[int, int], int] = {}
+        state = {"running": False, "at_last_mark": 0}
+
+        def block(uc: Any, address: int, size: int, _: Any) -> None:
+            if address == entry:
+                state["running"] = True
+            elif address == done:
+                state["running"] = False
+            if not state["running"]:
+                return
+            if address == mark:
+                counts.order.append(uc.reg_read(self.registers.UC_ARM_REG_R0))
+                counts.layers.append(counts.total - state["at_last_mark"])
+                state["at_last_mark"] = counts.total
+                return  # the function itself is measuring, not model
+            key = (address, size)
+            if key not in sizes:
+                sizes[key] = instructions(bytes(uc.mem_read(address, size)))
+            counts.total += sizes[key]
+
+        self._hooked(unicorn.UC_HOOK_BLOCK, block, inputs)
+        return counts
+
+    def count_steps(self, inputs: list[np.ndarray]) -> int:
+        """The total of `count`, by looking at every single instruction: slow, for checking."""
+        import unicorn
+
+        state = {"running": False, "total": 0}
+        conditional = (
+            0,
+            0,
+        )  # addresses under an IT instruction, which the hook does not see when their condition fails
+        entry, mark, done = (self.symbols[s] for s in (f"{self.model.name}_run", "planish_layer_done", "planish_done"))
+        after = mark + self.lengths["planish_layer_done"]
+
+        def step(uc: Any, address: int, _size: int, _: Any) -> None:
+            nonlocal conditional
+            if address in (entry, done):
+                state["running"] = address == entry
+            if not state["running"] or mark <= address < after or conditional[0] <= address < conditional[1]:
+                return
+            state["total"] += 1
+            code = bytes(uc.mem_read(address, 18))  # an IT instruction and four of 32 bits
+            mask = code[0] & 0xF
+            if code[1] == 0xBF and mask:
+                count = 4 - ((mask & -mask).bit_length() - 1)
+                length = 0
+                for _ in range(count):
+                    length += 4 if _wide(code[2 + length + 1]) else 2
+                conditional = (address + 2, address + 2 + length)
+                state["total"] += count
+
+        self._hooked(unicorn.UC_HOOK_CODE, step, inputs)
+        return state["total"]
+
+    def stack_bytes(self) -> int:
+        """Most bytes of stack used since the start."""
+        bottom = self.symbols["planish_stack_bottom"]
+        top = self.symbols["planish_stack_top"]
+        memory = np.frombuffer(bytes(self.uc.mem_read(bottom, top - bottom)), np.uint8)
+        touched = np.flatnonzero(memory != PAINT)
+        used = top - bottom - int(touched[0]) if touched.size else 0
+        if used >= top - bottom:
+            raise PlanishError(f"the stack ran out: it used all {top - bottom} bytes that the arena leaves")
+        return used
+
+    def _hooked(self, kind: int, callback: Callable[..., None], inputs: list[np.ndarray]) -> None:
+        """One inference with a hook."""
+        hook = self.uc.hook_add(kind, callback)
+        try:
+            self.infer(inputs)
+        finally:
+            self.uc.hook_del(hook)
+
+    def _load(self) -> dict[str, int]:
+        """Map the memories, write the program, and return the addresses of its symbols (Thumb bit cleared)."""
+        import unicorn
+
+        elf = firmware.elf_file(self.elf_path)
+        readable = unicorn.UC_PROT_READ | unicorn.UC_PROT_EXEC
+        for memory, rights in ((self.flash, readable), (self.ram, unicorn.UC_PROT_ALL)):
+            self.uc.mem_map(memory.origin, -(-memory.length // PAGE) * PAGE, rights)
+        self.uc.mem_map(SYSTEM, PAGE)
+        for segment in elf.iter_segments():
+            if segment["p_type"] == "PT_LOAD" and segment["p_filesz"]:
+                self.uc.mem_write(segment["p_paddr"], segment.data())
+        table = elf.get_section_by_name(".symtab")
+        if table is None:
+            raise PlanishError(f"'{self.elf_path}' has no symbols")
+        self.lengths = {s.name: s["st_size"] for s in table.iter_symbols()}
+        return {
+            s.name: s["st_value"] & ~1 if s["st_info"]["type"] == "STT_FUNC" else s["st_value"]
+            for s in table.iter_symbols()
+        }
+
+    def _start(self) -> None:
+        """Paint the stack and run from reset until the firmware waits for its first sample."""
+        bottom, top = self.symbols["planish_stack_bottom"], self.symbols["planish_stack_top"]
+        self.uc.mem_write(bottom, bytes([PAINT]) * (top - bottom))
+        stack, reset = (
+            int.from_bytes(self.uc.mem_read(self.flash.origin + at, 4), "little") for at in (0, 4)
+        )  # the core reads both from the vector table
+        self.uc.reg_write(self.registers.UC_ARM_REG_SP, stack)
+        self.uc.reg_write(self.registers.UC_ARM_REG_PC, reset)
+        self._until("planish_ready")
+
+    def _until(self, symbol: str) -> None:
+        """Run to the entry of a function. Raises PlanishError for a fault, with the address it happened at."""
+        program_counter = self.registers.UC_ARM_REG_PC
+        end = self.symbols[symbol]
+        self.uc.ctl_flush_tb()  # the stop is translated into the code, so code translated for another stop would run on
+        try:
+            self.uc.emu_start(self.uc.reg_read(program_counter) | 1, end, count=LONGEST)
+        except _unicorn().UcError as error:
+            raise PlanishError(f"the firmware faulted {self._where()}: {error}") from None
+        if self.uc.reg_read(program_counter) & ~1 != end:
+            raise PlanishError(f"the firmware did not reach {symbol} in {LONGEST} instructions; it is {self._where()}")
+
+    def _where(self) -> str:
+        address = self.uc.reg_read(self.registers.UC_ARM_REG_PC) & ~1
+        inside = [n for n, a in self.symbols.items() if n and a <= address < a + max(self.lengths[n], 1)]
+        return f"at pc 0x{address:08x}" + (f" in {inside[-1]}" if inside else "")
+
+
+def instructions(code: bytes) -> int:
+    """Number of Thumb instructions in a block: a halfword from 0b11101 on starts one of 32 bits (Armv7-M ARM, A5.1)."""
+    at = count = 0
+    while at < len(code):
+        at += 4 if _wide(code[at + 1]) else 2
+        count += 1
+    return count
+
+
+def _wide(high_byte: int) -> bool:
+    return high_byte >> 3 in (0b11101, 0b11110, 0b11111)
+
+
+def cores() -> dict[str, int]:
+    """Cortex-M cores that unicorn emulates, by the name that targets use."""
+    _unicorn()
+    from unicorn import arm_const
+
+    return {
+        "cortex-m0": arm_const.UC_CPU_ARM_CORTEX_M0,
+        "cortex-m3": arm_const.UC_CPU_ARM_CORTEX_M3,
+        "cortex-m4": arm_const.UC_CPU_ARM_CORTEX_M4,
+        "cortex-m7": arm_const.UC_CPU_ARM_CORTEX_M7,
+        "cortex-m33": arm_const.UC_CPU_ARM_CORTEX_M33,
+    }
+
+
+def _unicorn() -> Any:
+    try:
+        import unicorn
+    except ImportError:
+        raise missing_extra("unicorn", "mcu", "emulating a microcontroller") from None
+    return unicorn
