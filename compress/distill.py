@@ -32,7 +32,7 @@ class Distill(Pass):
     same result, unless `minutes` cuts the training short.
     """
 
-    epochs: int = pydantic.Field(default=30, ge=1)
+    epochs: int = pydantic.Field(default=24, ge=1)
     batch: int = pydantic.Field(default=128, ge=2)
     optimizer: Literal["sgd", "adamw"] = "sgd"
     """sgd has Nesterov momentum 0.9"""
@@ -46,7 +46,8 @@ class Distill(Pass):
     """largest gradient norm"""
     loss: Literal["soft", "mse"] = "soft"
     """soft: outputs are class scores, or probabilities of a final softmax; mse: outputs are quantities"""
-    temperature: float = pydantic.Field(default=1.0, gt=0)
+    temperature: float = pydantic.Field(default=4.0, gt=0)
+    """T above; 1 is the plain cross entropy of MEAL V2, more lets the teacher's smaller probabilities count"""
     hard: float = pydantic.Field(default=0.0, ge=0, le=1)
     """weight of the true labels"""
     crop: int = pydantic.Field(default=0, ge=0)
