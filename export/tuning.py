@@ -27,6 +27,8 @@ from . import _tvm_compat, tvm_import, tvm_schedule
 
 FOLDER = Path(__file__).parent / "schedules"
 FORMAT_VERSION = 1
+WORTHWHILE = 0.03
+"""part of the time that a tiling must save to displace the default: less is within the noise of a shared machine"""
 
 
 @dataclass(frozen=True)
@@ -145,6 +147,8 @@ def _search(
             times[index].append(_microseconds(compiled, arguments, 3))
     medians = [statistics.median(t) for t in times]
     best = min(range(len(medians)), key=medians.__getitem__)
+    if medians[best] > medians[0] * (1 - WORTHWHILE):
+        best = 0
     return Record(finalists[best][1], medians[0], medians[best], len(runs))
 
 

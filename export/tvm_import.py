@@ -67,6 +67,8 @@ class Rewritten:
 
     model: onnx.ModelProto
     layers: list[Layer] = field(default_factory=list)
+    output_step: float = 0.0
+    """largest scale among outputs that are dequantized codes; 0 when there is none"""
 
 
 @dataclass(frozen=True)
@@ -280,7 +282,9 @@ class _Rewriter:
         model.graph.initializer.extend(
             numpy_helper.from_array(a, n) for n, a in self.constants.items() if n in used and n not in self.made
         )
-        return Rewritten(onnx.shape_inference.infer_shapes(model), self.layers)
+        ends = [self.scaled[o.name] for o in self.model.graph.output if o.name in self.scaled]
+        step = max((float(e.factor.max()) for e in ends if not e.summed), default=0.0)
+        return Rewritten(onnx.shape_inference.infer_shapes(model), self.layers, step)
 
     def _emit(self, op: str, inputs: Iterable[str], output: str, **attributes: Any) -> str:
         self.nodes.append(helper.make_node(op, list(inputs), [output], name=f"{output}.{op}", **attributes))
