@@ -26,8 +26,6 @@ PAINT = 0xA5
 SYSTEM = 0xE000E000
 """system control space: start-up switches the floating-point unit on there"""
 PAGE = 4096
-LONGEST = 100_000_000_000
-"""instructions after which one inference is taken to hang"""
 
 
 class Emulator(Runtime):
@@ -127,6 +125,8 @@ class Machine:
         self.uc: Any = unicorn.Uc(unicorn.UC_ARCH_ARM, unicorn.UC_MODE_THUMB | unicorn.UC_MODE_MCLASS)
         self.uc.ctl_set_cpu_model(known[self.target.emulator_cpu])
         self.symbols = self._load()
+        fault = self.symbols["planish_fault"]  # an endless loop on the device
+        self.uc.hook_add(unicorn.UC_HOOK_CODE, lambda uc, *_: uc.emu_stop(), begin=fault, end=fault)
         self._start()
 
     def infer(self, inputs: list[np.ndarray]) -> list[np.ndarray]:
@@ -257,11 +257,11 @@ class Machine:
         end = self.symbols[symbol]
         self.uc.ctl_flush_tb()  # the stop is translated into the code, so code translated for another stop would run on
         try:
-            self.uc.emu_start(self.uc.reg_read(program_counter) | 1, end, count=LONGEST)
+            self.uc.emu_start(self.uc.reg_read(program_counter) | 1, end)
         except _unicorn().UcError as error:
             raise PlanishError(f"the firmware faulted {self._where()}: {error}") from None
         if self.uc.reg_read(program_counter) & ~1 != end:
-            raise PlanishError(f"the firmware did not reach {symbol} in {LONGEST} instructions; it is {self._where()}")
+            raise PlanishError(f"the firmware did not reach {symbol}; it stopped {self._where()}")
 
     def _where(self) -> str:
         address = self.uc.reg_read(self.registers.UC_ARM_REG_PC) & ~1
