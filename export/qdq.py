@@ -79,6 +79,11 @@ def read(model: onnx.ModelProto) -> Graph:
     Raises PlanishError for an op that no file of kernels/ takes (naming the node and listing the ops), for a float
     tensor that stays unquantized, and for dynamic shapes.
     """
+    if not any(n.op_type in BORDER for n in model.graph.node):
+        raise PlanishError(
+            "the model is not quantized: it has no QuantizeLinear and DequantizeLinear; integer code needs both around "
+            "every op (the recipe w8a8-static puts them there)"
+        )
     return _Reader(fold.fold(model)).graph()
 
 
@@ -390,7 +395,11 @@ class _Reader:
             given = constants[1] if len(constants) > 1 else None
             code = int(given.values.item()) if given is not None else 0
             centred = code - (128 if first.unsigned else 0) - first.tensor.zero_point
-            constants = [*constants[:1], Constant("value", np.asarray(np.float32(centred) * first.tensor.scale)), *constants[2:]]
+            constants = [
+                *constants[:1],
+                Constant("value", np.asarray(np.float32(centred) * first.tensor.scale)),
+                *constants[2:],
+            ]
         return Move(kind, fold.label(node), node.output[0], attributes, tuple(constants), shape)
 
     def _split(self, node: onnx.NodeProto, first: Known) -> None:
@@ -553,7 +562,9 @@ def _gather(node: onnx.NodeProto, indices: Known | None, shape: tuple[int, ...])
     chosen = indices.values.reshape(-1) % shape[axis]
     steps = set(np.diff(chosen).tolist()) or {1}
     if indices.values.ndim > 1 or chosen.size == 0 or len(steps) > 1 or min(steps) < 1:
-        raise PlanishError(f"node '{fold.label(node)}' (Gather): its indices are not evenly spaced and rising, as a Slice's are")
+        raise PlanishError(
+            f"node '{fold.label(node)}' (Gather): its indices are not evenly spaced and rising, as a Slice's are"
+        )
     window = (int(chosen[0]), int(chosen[-1]) + 1, axis, steps.pop())
     return [Constant("slice", np.array([v], np.int64)) for v in window]
 

@@ -97,3 +97,133 @@ def data_folder():
     if not folder.is_dir():
         pytest.skip("no data folder (set PLANISH_DATA)")
     return folder
+
+
+TINY = ("residual", "branches", "flatten", "matmul", "channels_last", "padded")
+
+
+def _tiny_float(name):
+    """A float ONNX model of a few layers, made by hand: what a tool other than planish might write."""
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    rng = np.random.default_rng(TINY.index(name))
+    constants = []
+
+    def const(values, dtype=np.float32):
+        constants.append(numpy_helper.from_array(np.asarray(values, dtype), f"c{len(constants)}"))
+        return constants[-1].name
+
+    def conv(x, y, i, o, k=3, group=1, **attributes):
+        w = rng.normal(0, 1 / np.sqrt(k * k * i / group), (o, i // group, k, k))
+        inputs = [x, const(w), const(rng.normal(0, 0.2, o))]
+        return helper.make_node("Conv", inputs, [y], name=f"conv_{y}", group=group, kernel_shape=[k, k], **attributes)
+
+    def node(kind, inputs, y, **attributes):
+        return helper.make_node(kind, inputs, [y], name=f"{kind}_{y}".lower(), **attributes)
+
+    def gemm(x, y, i, o):
+        return node("Gemm", [x, const(rng.normal(0, i**-0.5, (o, i))), const(rng.normal(0, 0.1, o))], y, transB=1)
+
+    same = {"pads": [1, 1, 1, 1]}
+    shape = ["n", 3, 8, 8]
+    if name == "residual":
+        nodes = [
+            conv("x", "a", 3, 6, **same), node("Relu", ["a"], "b"), conv("b", "c", 6, 6, **same), node("Add", ["b", "c"], "d"),
+            node("Relu", ["d"], "e"), node("GlobalAveragePool", ["e"], "f"), node("Flatten", ["f"], "g"), gemm("g", "y", 6, 5),
+        ]  # fmt: skip
+    elif name == "branches":
+        nodes = [
+            conv("x", "a", 3, 8, strides=[2, 2], **same), node("Clip", ["a", const(0), const(6)], "b"),
+            conv("b", "c", 8, 8, group=8, **same), node("MaxPool", ["b"], "d", kernel_shape=[3, 3], **same),
+            node("AveragePool", ["c"], "e", kernel_shape=[3, 3], **same), node("Concat", ["d", "e"], "f", axis=1),
+            conv("f", "g", 16, 5, k=1), node("GlobalAveragePool", ["g"], "h"), node("Flatten", ["h"], "y"),
+        ]  # fmt: skip
+    elif name == "flatten":
+        nodes = [
+            conv("x", "a", 3, 4, **same),
+            node("Relu", ["a"], "b"),
+            node("Flatten", ["b"], "c"),
+            gemm("c", "y", 256, 7),
+        ]
+    elif name == "matmul":
+        nodes = [
+            conv("x", "a", 3, 4, strides=[2, 2], **same), node("Reshape", ["a", const([0, -1], np.int64)], "b"),
+            node("MatMul", ["b", const(rng.normal(0, 0.2, (64, 6)))], "c"), node("Add", ["c", const(rng.normal(0, 0.1, 6))], "y"),
+        ]  # fmt: skip
+    elif name == "channels_last":
+        shape = ["n", 8, 8, 3]
+        nodes = [
+            node("Transpose", ["x"], "a", perm=[0, 3, 1, 2]), conv("a", "b", 3, 4, **same), node("Relu", ["b"], "c"),
+            conv("c", "d", 4, 5, strides=[2, 2], **same), node("Transpose", ["d"], "y", perm=[0, 2, 3, 1]),
+        ]  # fmt: skip
+    else:
+        nodes = [
+            node("Pad", ["x", const([0, 0, 0, 0, 0, 0, 1, 1], np.int64)], "a"), conv("a", "b", 3, 4, strides=[2, 2]),
+            node("Relu", ["b"], "c"), node("Slice", ["c", const([0, 1], np.int64), const([4, 4], np.int64), const([2, 3], np.int64)], "y"),
+        ]  # fmt: skip
+    graph = helper.make_graph(
+        nodes,
+        name,
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        constants,
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    model = onnx.shape_inference.infer_shapes(model)
+    onnx.checker.check_model(model)
+    return model, rng.normal(0.3, 1, (24, *shape[1:])).astype(np.float32)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """tiny(name, unsigned, per_channel) -> (QDQ model by ONNX Runtime's own quantizer, inputs (24, ...)), made once each."""
+    import functools
+    import logging
+
+    import onnx
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+
+    class Reader(CalibrationDataReader):
+        def __init__(self, x):
+            self.batches = iter([{"x": x}])
+
+        def get_next(self):
+            return next(self.batches, None)
+
+    @functools.cache
+    def make(name, unsigned=True, per_channel=True):
+        model, x = _tiny_float(name)
+        path = tmp_path_factory.mktemp(name) / "qdq.onnx"
+        logging.disable(logging.WARNING)  # it recommends a step that is not needed here
+        quantize_static(
+            model,
+            str(path),
+            Reader(x),
+            quant_format=QuantFormat.QDQ,
+            per_channel=per_channel,
+            activation_type=QuantType.QUInt8 if unsigned else QuantType.QInt8,
+            weight_type=QuantType.QInt8,
+        )
+        logging.disable(logging.NOTSET)
+        return onnx.load(path), x
+
+    make.names = TINY
+    return make
+
+
+@pytest.fixture(scope="session")
+def ort_outputs():
+    """ort_outputs(model, inputs) -> outputs by name, in ONNX Runtime with int8 activations fused as uint8 ones are."""
+    import onnxruntime
+
+    def run(model, inputs):
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        options.intra_op_num_threads = 1
+        options.add_session_config_entry("session.qdqisint8allowed", "1")
+        session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        names = [o.name for o in session.get_outputs()]
+        return dict(zip(names, session.run(names, inputs), strict=True))
+
+    return run
