@@ -79,9 +79,16 @@ class Tvm(Format):
                 "than ONNX Runtime"
             )
         measured_here = target.kind == "host"
+        tuned = sum(s.origin == "record" for s in kernels.values())
         if not measured_here:
             warnings.append(
-                f"the schedule was not measured on '{target.name}': it is the default for its vector registers"
+                f"the schedule was not measured on '{target.name}': it is the template's for its vector registers"
+                + (f", with {tuned} tilings measured on another CPU" if tuned else "")
+            )
+        if compiled.rewritten.widened_bytes:
+            warnings.append(
+                f"quantized weights are stored as float32 whole numbers ({compiled.rewritten.widened_bytes:,} bytes more than "
+                "their codes) and multiplied at float speed: TVM has no 8-bit kernels here yet"
             )
         return Written(
             inputs=_described(fixed.graph.input, {t.name for t in fixed.graph.initializer}),
@@ -92,9 +99,10 @@ class Tvm(Format):
                 "batch": 1,
                 "tvm": _tvm_compat.load().tvm.__version__,
                 "llvm_target": llvm,
+                "features": list(target.features),
                 "layout": compiled.layout,
                 "schedule": dict(Counter(s.origin for s in kernels.values())),
-                "schedule_measured_on_target": measured_here and any(s.origin == "record" for s in kernels.values()),
+                "schedule_measured_on_target": measured_here and tuned > 0,
                 "kernels": rows,
                 "quantized": _arithmetic(compiled.rewritten.layers, measured),
             },
@@ -188,7 +196,7 @@ def _row(name: str, scheduled: tvm_schedule.Scheduled) -> dict[str, Any]:
     work, tiling = scheduled.workload, scheduled.tiling
     row: dict[str, Any] = {"kernel": name, "op": "elementwise", "schedule": scheduled.origin, "macs": 0}
     if work:
-        row |= {"op": work.op, "macs": work.macs}
+        row |= {"op": work.op if work.multiplies else "reduction", "macs": work.macs}
         row["workload"] = work.key
     if tiling:
         row["tiling"] = tvm_schedule.as_record(tiling)

@@ -69,6 +69,8 @@ class Rewritten:
     layers: list[Layer] = field(default_factory=list)
     output_step: float = 0.0
     """largest scale among outputs that are dequantized codes; 0 when there is none"""
+    widened_bytes: int = 0
+    """what quantized constants take more as float32 than as codes"""
 
 
 @dataclass(frozen=True)
@@ -243,6 +245,8 @@ class _Rewriter:
         """float tensors that exist"""
         self.zeros: dict[str, int] = {}
         """zero points, counted in unsigned codes, of dequantized activations"""
+        self.widened = 0
+        """bytes that constant codes grow by"""
         self.done: set[str] = set()
         """outputs of nodes that were computed together with an earlier one"""
         self.layers: list[Layer] = []
@@ -284,7 +288,7 @@ class _Rewriter:
         )
         ends = [self.scaled[o.name] for o in self.model.graph.output if o.name in self.scaled]
         step = max((float(e.factor.max()) for e in ends if not e.summed), default=0.0)
-        return Rewritten(onnx.shape_inference.infer_shapes(model), self.layers, step)
+        return Rewritten(onnx.shape_inference.infer_shapes(model), self.layers, step, self.widened)
 
     def _emit(self, op: str, inputs: Iterable[str], output: str, **attributes: Any) -> str:
         self.nodes.append(helper.make_node(op, list(inputs), [output], name=f"{output}.{op}", **attributes))
@@ -365,6 +369,8 @@ class _Rewriter:
         self, out: str, codes: np.ndarray, scale: np.ndarray, zero: np.ndarray, attributes: dict[str, Any]
     ) -> None:
         whole = codes.astype(np.int64)
+        bits = 4 if codes.dtype.name.endswith("int4") else 8 * codes.dtype.itemsize
+        self.widened += codes.size * (32 - bits) // 8
         axis = attributes.get("axis", 1) % max(whole.ndim, 1)
         block = attributes.get("block_size", 0)
         zeros = zero.astype(np.int64)
@@ -465,9 +471,9 @@ class _Rewriter:
             return True
         if x.summed or x.constant is not None or len(node.output) != 1:
             return False
-        if node.op_type == "AveragePool":
+        if node.op_type == "AveragePool" and not self._covers_all(node):
             return self._average(node)
-        if node.op_type in ("GlobalAveragePool", "ReduceMean"):
+        if node.op_type in ("AveragePool", "GlobalAveragePool", "ReduceMean"):
             return self._mean(node, x)
         if node.op_type not in MOVES:
             return False
@@ -479,6 +485,12 @@ class _Rewriter:
         self.scaled[out] = replace(x, codes=f"{out}.codes")
         self.zeros[out] = self.zeros[node.input[0]]
         return True
+
+    def _covers_all(self, node: onnx.NodeProto) -> bool:
+        """Whether an AveragePool's one window is the whole image: then it is a mean, and ONNX Runtime's result that of the mean."""
+        attributes = _attributes(node)
+        whole = list(attributes.get("kernel_shape", ())) == self.shape[node.input[0]][2:]
+        return whole and not any(attributes.get("pads", ())) and attributes.get("auto_pad", b"NOTSET") == b"NOTSET"
 
     def _mean(self, node: onnx.NodeProto, x: Scaled) -> bool:
         """Mean over the pixels of (n, channels, ...): the exact sum of whole numbers, the division left to the factor."""

@@ -20,6 +20,8 @@ from . import _tvm_compat
 
 SPATIAL, REDUCE = 0, 2
 """TVM's numbers for the kinds of loop axes"""
+MOST_ROWS = 4
+"""rows in a tile: more would read as many image rows at once, each from another place"""
 UNROLLED_PRODUCTS = 448
 """multiply-adds in one unrolled loop body: more than this outgrows the instruction cache and only costs compile time"""
 
@@ -151,26 +153,30 @@ def workload(function: Any) -> Workload | None:
 
 
 def default_tiling(work: Workload, unit: VectorUnit) -> Tiling:
-    """A tile that fills the accumulators: up to four vectors of channels, then columns, then rows, then more vectors."""
-    *front, channels = work.spatial
-    width = front[-1] if front else 1
-    height = front[-2] if len(front) > 1 else 1
-    blocks = channels // _lanes(channels, unit)
-    vectors = _largest_divisor(blocks, 4)
-    columns = _largest_divisor(width, unit.accumulators // vectors)
-    rows = _largest_divisor(height, min(4, unit.accumulators // (vectors * columns)))
-    if rows * columns == 1:  # a matrix times one vector: only channels are left to fill the registers
-        vectors = _largest_divisor(blocks, unit.accumulators // 2)
-    return Tiling(rows, columns, vectors, 4)
+    """The tile that fits the accumulators with most products per loaded value: positions * vectors / (positions + vectors).
+
+    Positions are rows * columns; each costs one broadcast input, each vector one weight load. Ties go to fewer rows.
+    """
+    height, width, blocks = _extents(work, unit)
+    fitting = [
+        Tiling(rows, columns, vectors, 4)
+        for rows in _divisors(height)
+        for columns in _divisors(width)
+        for vectors in _divisors(blocks)
+        if rows <= MOST_ROWS and rows * columns * vectors <= unit.accumulators
+    ]
+
+    def quality(tiling: Tiling) -> tuple[float, int]:
+        positions = tiling.rows * tiling.columns
+        return positions * tiling.vectors / (positions + tiling.vectors), -tiling.rows
+
+    return max(fitting, key=quality)
 
 
 def tilings(work: Workload, unit: VectorUnit, limit: int, seed: int) -> Iterator[Tiling]:
     """At most `limit` tilings worth measuring, the default first, then a seeded random choice of the legal ones."""
-    *front, channels = work.spatial
-    width = front[-1] if front else 1
-    height = front[-2] if len(front) > 1 else 1
-    blocks = channels // _lanes(channels, unit)
-    orders = ["channels_middle", "channels_outside", "channels_inside"] if len(front) > 1 and blocks > 1 else []
+    height, width, blocks = _extents(work, unit)
+    orders = ["channels_middle", "channels_outside", "channels_inside"] if height > 1 and blocks > 1 else []
     legal = [
         Tiling(rows, columns, vectors, unroll, order)  # pyright: ignore[reportArgumentType]
         for rows in _divisors(height)
@@ -178,7 +184,7 @@ def tilings(work: Workload, unit: VectorUnit, limit: int, seed: int) -> Iterator
         for vectors in _divisors(blocks)
         for unroll in (1, 2, 4, 8, 16)
         for order in orders or ["channels_middle"]
-        if rows <= 4
+        if rows <= MOST_ROWS
         and unit.accumulators // 3 <= rows * columns * vectors <= unit.registers - 2
         and rows * columns * vectors * unroll <= UNROLLED_PRODUCTS
         and work.reduce[-1] % unroll == 0
@@ -299,6 +305,13 @@ def _lanes(channels: int, unit: VectorUnit) -> int:
     if common >= unit.lanes // 2:
         return common
     return channels if channels <= 2 * unit.lanes else common
+
+
+def _extents(work: Workload, unit: VectorUnit) -> tuple[int, int, int]:
+    """Output height, width, and number of channel vectors; 1 for axes that the output does not have."""
+    *front, channels = work.spatial
+    height = front[-2] if len(front) > 1 else 1
+    return height, front[-1] if front else 1, channels // _lanes(channels, unit)
 
 
 def _divisors(n: int) -> list[int]:

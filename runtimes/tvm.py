@@ -20,6 +20,8 @@ from .measure import latency, machine, peak_memory
 from .session import Arrays, Layer, Profile, Runtime, Session
 
 LIBRARY = "model.so"
+ALWAYS = {"neon"}
+"""features that every machine of their architecture has"""
 BIG_CORES, LAYER_RUNS = 1, 30
 """TVM's number for 'prefer big cores'; runs behind the per-layer table"""
 
@@ -98,6 +100,12 @@ class HostSession(_Model):
 
     def __init__(self, artifact: Artifact, threads: int) -> None:
         super().__init__(artifact)
+        needed = set(artifact.manifest.get("details", {}).get("features", []))
+        lacking = sorted(needed - set(targets.load("host").features) - ALWAYS)
+        if lacking:
+            raise Missing(
+                f"artifact '{artifact.folder}' is compiled for {artifact.target}; this machine lacks {', '.join(lacking)}"
+            )
         ir = _tvm_compat.load()
         self.tvm, self.relax, self.threads = ir.tvm, ir.relax, threads
         # TVM's pool takes every core and spins; on few cores that costs more than the kernels

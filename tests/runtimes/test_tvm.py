@@ -93,6 +93,12 @@ def test_a_missing_input_is_named(host):
         session.run({"picture": np.zeros((1, 3, 16, 16), np.float32)})
 
 
+def test_a_machine_without_the_instructions_is_refused(host):
+    details = dict(host.manifest["details"]) | {"features": ["avx1024"]}
+    with pytest.raises(Missing, match="this machine lacks avx1024"):
+        Tvm().open(replace(host, manifest=dict(host.manifest) | {"details": details}), 1)
+
+
 def test_a_library_that_is_none_is_one_line(host, tmp_path):
     (tmp_path / "model.so").write_bytes(b"not a library")
     with pytest.raises(PlanishError, match=r"TVM cannot load '.*model.so'"):
