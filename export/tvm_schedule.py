@@ -1,6 +1,6 @@
 """The loop order of every kernel that TVM compiles: a register-tiled template for sums of products, vectors for the rest.
 
-TVM's default build keeps the loops as written, one scalar at a time (measured: 65 times slower than ONNX Runtime on ResNet-20).
+TVM's default build keeps the loops as written, one scalar at a time (measured: 118 times slower than ONNX Runtime on ResNet-20).
 The template is the classic register blocking of matrix products (Goto and van de Geijn, "Anatomy of High-Performance
 Matrix Multiplication", 2008), applied to convolutions in NHWC order: a tile of rows x columns output positions by
 `vectors` vectors of output channels stays in registers while the sum runs; each step loads a few weight vectors and broadcasts
