@@ -80,6 +80,8 @@ def compress(
         raise PlanishError(f"recipe '{plan.name}' needs data for {listed(needy)}; give --data")
     prepared = _prepare(model, weights, inputs, data, test_data, any(step.trains for _, step in plan.passes))
     original = prepared.model
+    with tempfile.TemporaryDirectory() as scratch:  # a model that cannot be stored is refused now, not after the work
+        compressed_model.program_file.save(original.program(), Path(scratch) / compressed_model.PROGRAM)
     generator = torch.Generator().manual_seed(seed)
     result = original
     for name, step in plan.passes:
@@ -132,7 +134,7 @@ def export(
     files.check_output(output, force)
     device = targets.load(target)
     kind = format or device.format
-    writer = plugins.get(f"{__package__}.export", Format, kind, "format")()
+    writer = plugins.create(f"{__package__}.export", Format, kind, "format")
     samples = load_data(data) if data else None
     with tempfile.TemporaryDirectory() as scratch:
         source, origin = _source(model, weights, inputs, samples, Path(scratch))
@@ -399,12 +401,12 @@ def _finish(
 
 def _open(item: Artifact, name: str, threads: int) -> Session:
     """The artifact in the runtime called `name`."""
-    runtime = plugins.get(f"{__package__}.runtimes", Runtime, name, "runtime")
+    runtime = plugins.create(f"{__package__}.runtimes", Runtime, name, "runtime")
     if item.format not in runtime.formats:
         raise PlanishError(
             f"runtime '{name}' runs {listed(runtime.formats)}; artifact '{item.folder}' has format '{item.format}'"
         )
-    return runtime().open(item, threads)
+    return runtime.open(item, threads)
 
 
 def _fitting(item: Artifact, data: Data) -> Data:

@@ -43,9 +43,9 @@ def find(package: str, base: type[T]) -> dict[str, type[T]]:
     return dict(sorted(found.items()))
 
 
-def get(package: str, base: type[T], name: str, kind: str) -> type[T]:
-    """The plug-in called `name`; PlanishError lists the accepted names. `kind` is the word for it in the message."""
+def create(package: str, base: type[T], name: str, kind: str) -> T:
+    """An instance of the plug-in called `name`; PlanishError lists the accepted names. `kind` is the word for it in the message."""
     found = find(package, base)
     if name not in found:
         raise PlanishError(f"unknown {kind} '{name}'; accepted: {', '.join(found)}")
-    return found[name]
+    return found[name]()

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch.fx import Node
 
-from .graph import layer_of, read, set_parameter
+from . import layers
 from .model import Entry, Model
 
 aten = torch.ops.aten
@@ -51,27 +51,31 @@ def fold_batch_norm(model: Model) -> Model:
         if not (isinstance(producer, Node) and producer.target in FOLDABLE and len(producer.users) == 1):
             continue
         _, gain, shift, mean, variance, _training, _momentum, eps, *_ = norm.args
-        weight_node, bias_node = producer.args[1], producer.args[2] if len(producer.args) > 2 else None
+        source, weight_node, bias_node = (layers.argument(producer, n) for n in ("input", "weight", "bias"))
         if not isinstance(weight_node, Node) or len(weight_node.users) != 1:
             continue  # a shared weight serves two layers; folding would change the other one
-        weight = read(model.graph, weight_node)  # (out, ...)
+        weight = layers.read(model.graph, weight_node)  # (out, ...)
         channels = weight.shape[0]
-        average, spread = read(model.graph, mean).double(), (read(model.graph, variance).double() + eps).sqrt()
-        factor = (read(model.graph, gain).double() if gain is not None else torch.ones(channels).double()) / spread
-        bias = read(model.graph, bias_node).double() if bias_node is not None else torch.zeros(channels).double()
-        offset = read(model.graph, shift).double() if shift is not None else torch.zeros(channels).double()
-        layer = layer_of(producer)
-        folded = (weight.double() * factor.reshape(-1, *[1] * (weight.ndim - 1))).float()
+
+        def vector(node: object, default: float, channels: int = channels) -> torch.Tensor:
+            """(channels,) float64 of an optional parameter."""
+            if not isinstance(node, Node):
+                return torch.full((channels,), default, dtype=torch.float64)
+            return layers.read(model.graph, node).double()
+
+        factor = vector(gain, 1.0) / (vector(variance, 1.0) + eps).sqrt()
+        bias = (vector(bias_node, 0.0) - vector(mean, 0.0)) * factor + vector(shift, 0.0)
+        folded = weight.double() * factor.reshape(-1, *[1] * (weight.ndim - 1))
         with graph.inserting_before(producer):
-            new_weight = set_parameter(model.graph, f"{layer}.weight", folded)
-            new_bias = set_parameter(model.graph, f"{layer}.bias", ((bias - average) * factor + offset).float())
-        producer.args = (producer.args[0], new_weight, new_bias, *producer.args[3:])
+            new_bias = layers.add_parameter(model.graph, layers.bias_name(producer), bias.float())
+            new_weight = layers.add_parameter(model.graph, str(weight_node.target), folded.float())
+        producer.args = (source, new_weight, new_bias, *producer.args[3:])
         norm.replace_all_uses_with(producer)
         graph.erase_node(norm)
-        name = layer_of(norm)
-        size = 4 * channels
-        entries.append(Entry(name, "folded", f"batch norm folded into {layer}", 4 * size, 0))
-    _clean(model)
+        entries.append(
+            Entry(layers.layer(norm), "folded", f"batch norm into {layers.layer(producer)}", 16 * channels, 0)
+        )
+    layers.drop_unused(model.graph)
     return model.with_receipt(*entries)
 
 
@@ -111,7 +115,7 @@ def canonicalize(model: Model) -> Model:
                 result.meta = dict(node.meta)
             node.replace_all_uses_with(result)
             graph.erase_node(node)
-    _clean(model)
+    layers.drop_unused(model.graph)
     return model
 
 
@@ -120,7 +124,7 @@ def _whole(node: Node) -> bool:
     start = node.args[2] if len(node.args) > 2 else None
     end = node.args[3] if len(node.args) > 3 else None
     step = node.args[4] if len(node.args) > 4 else 1
-    return start in (None, 0) and (end is None or end == 2**63 - 1) and step == 1
+    return bool(start in (None, 0) and end in (None, 2**63 - 1) and step == 1)
 
 
 def _global_mean(node: Node) -> bool:
@@ -136,15 +140,3 @@ def _global_mean(node: Node) -> bool:
         padding = node.args[3] if len(node.args) > 3 else [0]
         return kernel == list(value.shape[2:]) and not any(padding)  # pyright: ignore[reportArgumentType]
     return False
-
-
-def _clean(model: Model) -> None:
-    """Drop what nothing uses, from the graph and from the parameters."""
-    model.graph.graph.eliminate_dead_code()
-    model.graph.recompile()
-    model.graph.delete_all_unused_submodules()
-    used = {n.target for n in model.graph.graph.nodes if n.op == "get_attr"}
-    for name in [n for n, _ in [*model.graph.named_parameters(), *model.graph.named_buffers()]]:
-        if name not in used:
-            owner, _, leaf = name.rpartition(".")
-            delattr(model.graph.get_submodule(owner), leaf)

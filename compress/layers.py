@@ -1,4 +1,4 @@
-"""Reading the traced graph: which layer a node belongs to, which parameter it reads, which shape it has."""
+"""Reading and editing the traced graph: which layer a node belongs to, which parameter it reads, which shape it has."""
 
 from __future__ import annotations
 
@@ -83,6 +83,65 @@ def set_tensor(graph: GraphModule, name: str, value: torch.Tensor) -> None:
     if isinstance(getattr(owner, leaf), torch.nn.Parameter):
         value = torch.nn.Parameter(value.detach(), requires_grad=value.is_floating_point())
     setattr(owner, leaf, value)
+
+
+def bias_name(node: Node) -> str:
+    """Name of the bias of a convolution or linear layer, or the one that it gets: conv1.weight -> conv1.bias."""
+    bias, weight = parameter(argument(node, "bias")), parameter(argument(node, "weight"))
+    assert weight is not None
+    return bias or (weight.removesuffix("weight") + "bias" if weight.endswith(".weight") else f"{weight}_bias")
+
+
+def is_constant(node: object) -> bool:
+    """Whether the node is a parameter or buffer itself."""
+    return isinstance(node, Node) and node.op == "get_attr"
+
+
+def read(graph: GraphModule, node: Node) -> torch.Tensor:
+    """The tensor that a get_attr node stands for, detached."""
+    return tensor(graph, str(node.target)).detach()
+
+
+def add_parameter(graph: GraphModule, name: str, value: torch.Tensor) -> Node:
+    """Store a trainable parameter under a dotted name and return a new get_attr node for it (at the insert point)."""
+    _owner(graph, name).register_parameter(name.rpartition(".")[2], torch.nn.Parameter(value.contiguous()))
+    return _attribute(graph, name, value)
+
+
+def add_buffer(graph: GraphModule, name: str, value: torch.Tensor) -> Node:
+    """Store a constant tensor under a dotted name and return a new get_attr node for it (at the insert point)."""
+    _owner(graph, name).register_buffer(name.rpartition(".")[2], value.contiguous())
+    return _attribute(graph, name, value)
+
+
+def drop_unused(graph: GraphModule) -> None:
+    """Remove dead nodes, and the parameters and buffers that no node reads."""
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+    used = {n.target for n in graph.graph.nodes if n.op == "get_attr"}
+    for name in [n for n, _ in [*graph.named_parameters(), *graph.named_buffers()]]:
+        if name not in used:
+            owner, _, leaf = name.rpartition(".")
+            delattr(graph.get_submodule(owner), leaf)
+
+
+def _owner(graph: GraphModule, name: str) -> torch.nn.Module:
+    """The module that holds the last part of a dotted name, made where it is missing; an old value is removed."""
+    owner: torch.nn.Module = graph
+    *path, leaf = name.split(".")
+    for part in path:
+        if not hasattr(owner, part):
+            owner.add_module(part, torch.nn.Module())
+        owner = getattr(owner, part)
+    owner._parameters.pop(leaf, None)
+    owner._buffers.pop(leaf, None)
+    return owner
+
+
+def _attribute(graph: GraphModule, name: str, value: torch.Tensor) -> Node:
+    node = graph.graph.get_attr(name)
+    node.meta["val"] = value
+    return node
 
 
 class _Shapes(Interpreter):

@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.fx.graph import CodeGen
+from torch.utils._pytree import tree_leaves
 
 from ..common.errors import PlanishError, listed
 
@@ -154,7 +156,7 @@ def _flat(program: torch.export.ExportedProgram, names: list[str]) -> torch.fx.G
     module = program.module(check_guards=False)
     assert isinstance(module, torch.fx.GraphModule)
     graph = module.graph
-    graph.set_codegen(torch.fx.graph.CodeGen())
+    graph.set_codegen(CodeGen())
     placeholders = [n for n in graph.nodes if n.op == "placeholder"]
     taken = {n.name for n in graph.nodes if n.op != "placeholder"}
     for node, name in zip(placeholders, names, strict=True):
@@ -163,7 +165,7 @@ def _flat(program: torch.export.ExportedProgram, names: list[str]) -> torch.fx.G
                 other.name = f"{name}_node"
         node.name = node.target = name
     output = next(n for n in graph.nodes if n.op == "output")
-    leaves = tuple(torch.utils._pytree.tree_leaves(output.args))
+    leaves = tuple(tree_leaves(output.args))
     output.args = (leaves[0],) if len(leaves) == 1 else (leaves,)
     return torch.fx.GraphModule(module, graph)
 
@@ -171,7 +173,7 @@ def _flat(program: torch.export.ExportedProgram, names: list[str]) -> torch.fx.G
 def output_names(model: Model) -> tuple[str, ...]:
     """Names of the outputs: 'output', or 'output_0', 'output_1', ... when there are several."""
     node = next(n for n in model.graph.graph.nodes if n.op == "output")
-    flat = torch.utils._pytree.tree_leaves(node.args)
+    flat = tree_leaves(node.args)
     return ("output",) if len(flat) == 1 else tuple(f"output_{i}" for i in range(len(flat)))
 
 

@@ -22,8 +22,9 @@ from torch.fx import GraphModule, Node
 
 from ...common.progress import track
 from ...kernels import affine
+from .. import layers
 from ..fold import canonicalize, fold_batch_norm
-from ..graph import is_constant, layer_of, read, set_buffer, set_parameter
+from ..layers import is_constant
 from ..model import Entry, Model
 from ..passes import Context, Pass, matches
 from .observers import Batches, Observer, Statistics, choose, collect, watch
@@ -120,9 +121,7 @@ class Static(Pass):
         _quantize_biases(module, quantized, parameters, entries)
         for node in plan.own:
             entries.append(_activation_entry(node, parameters[node], self.observer))
-        module.graph.eliminate_dead_code()
-        module.recompile()
-        _drop_unused(module)
+        layers.drop_unused(module)
         return model.with_receipt(*entries)
 
     def _weights(self, module: GraphModule, plan: _Plan, entries: list[Entry]) -> dict[Node, Weight]:
@@ -131,14 +130,14 @@ class Static(Pass):
         for node in track([n for n in plan.compute if n.target in WEIGHTED], "quantizing weights"):
             source = node.args[1]
             assert isinstance(source, Node)
-            value = read(module, source).float()  # (out, ...)
+            value = layers.read(module, source).float()  # (out, ...)
             scale = _weight_scale(value, self.weight_observer)  # (out,)
             zero = torch.zeros(len(scale), dtype=torch.int8)
             codes = affine.quantize(value, scale, zero, 0, -127, 127, torch.int8)
             name = str(source.target)
             with module.graph.inserting_before(node):
                 parts = [
-                    set_buffer(module, f"{name}_{part}", t)
+                    layers.add_buffer(module, f"{name}_{part}", t)
                     for part, t in (("codes", codes), ("scale", scale), ("zero_point", zero))
                 ]
                 restored = module.graph.call_function(torch.ops.planish.dequantize.default, (*parts, 0))
@@ -194,7 +193,7 @@ class _Plan:
                 continue
             if not _runs_in_integers(node):
                 self._leave(module, node, f"{node.target} has no integer form here")
-            elif matches(layer_of(node), skip):
+            elif matches(layers.layer(node), skip):
                 self._leave(module, node, "skipped by the recipe")
             else:
                 self.compute.append(node)
@@ -214,10 +213,10 @@ class _Plan:
     def _leave(self, module: GraphModule, node: Node, reason: str) -> None:
         constants = [a for a in node.all_input_nodes if is_constant(a)]
         for constant in constants:
-            size = read(module, constant).numel() * read(module, constant).element_size()
+            size = layers.read(module, constant).numel() * layers.read(module, constant).element_size()
             self.left.append(Entry(str(constant.target), "left", reason, size, size))
         if not constants:
-            self.left.append(Entry(f"activation of {layer_of(node)}", "left", reason, 0, 0))
+            self.left.append(Entry(f"activation of {layers.layer(node)}", "left", reason, 0, 0))
 
     @staticmethod
     def _after_clip(node: Node) -> Node:
@@ -250,7 +249,7 @@ def _runs_in_integers(node: Node) -> bool:
         return is_constant(node.args[1]) and (len(node.args) < 3 or node.args[2] is None or is_constant(node.args[2]))
     if node.target in (aten.add.Tensor, aten.mul.Tensor):
         plain = node.kwargs.get("alpha", 1) == 1
-        return plain and all(isinstance(a, Node) and not is_constant(a) and _is_float(a) for a in node.args[:2])
+        return bool(plain) and all(isinstance(a, Node) and not is_constant(a) and _is_float(a) for a in node.args[:2])
     if node.target is aten.adaptive_avg_pool2d.default:
         return list(node.args[1]) == [1, 1]  # pyright: ignore[reportArgumentType]
     return True
@@ -261,9 +260,9 @@ def _exact_transport(node: Node) -> bool:
     if node.target is aten.pad.default:
         mode = node.args[2] if len(node.args) > 2 else "constant"
         value = node.args[3] if len(node.args) > 3 else node.kwargs.get("value")
-        return mode == "constant" and value in (None, 0, 0.0)
+        return bool(mode == "constant" and value in (None, 0, 0.0))
     if node.target is aten.constant_pad_nd.default:
-        return (node.args[2] if len(node.args) > 2 else 0) == 0
+        return bool((node.args[2] if len(node.args) > 2 else 0) == 0)
     return True
 
 
@@ -331,13 +330,13 @@ def _correct_biases(module: GraphModule, weights: dict[Node, Weight], batches: B
     for node, weight in weights.items():
         _swap(module, node, weight.original)
     watch(module, inputs, track(batches(), "correcting biases"), see)
-    for node, weight in weights.items():
+    for node in weights:
         _swap(module, node, None)
         old = node.args[2] if len(node.args) > 2 else None
         shift = (total[node] / count[node]).detach()
-        bias = shift + (read(module, old) if isinstance(old, Node) else 0)
+        bias = shift + (layers.read(module, old) if isinstance(old, Node) else 0)
         with module.graph.inserting_before(node):
-            new = set_parameter(module, f"{layer_of(node)}.bias", bias)
+            new = layers.add_parameter(module, layers.bias_name(node), bias)
         _set_bias(node, new)
 
 
@@ -349,7 +348,7 @@ def _swap(module: GraphModule, node: Node, value: torch.Tensor | None) -> None:
     name = f"{_ORIGINALS}_{node.name}"
     if value is not None:
         with module.graph.inserting_before(node):
-            plain = set_buffer(module, name, value)
+            plain = layers.add_buffer(module, name, value)
         plain.meta["restored"] = node.args[1]
         node.update_arg(1, plain)
         return
@@ -368,7 +367,7 @@ def _set_bias(node: Node, bias: Node) -> None:
 
 
 def _insert_pairs(module: GraphModule, plan: _Plan, parameters: dict[Node, Parameters]) -> None:
-    """quantize -> dequantize behind every tensor of the plan; every reader then reads the dequantized tensor."""
+    """Quantize -> dequantize behind every tensor of the plan; every reader then reads the dequantized tensor."""
     graph = module.graph
     for node, p in parameters.items():
         readers = list(node.users)
@@ -377,8 +376,8 @@ def _insert_pairs(module: GraphModule, plan: _Plan, parameters: dict[Node, Param
             anchor = anchor.next
         with graph.inserting_before(anchor):
             name = f"activations.{p.owner.name}"
-            scale = set_buffer(module, f"{name}.scale", p.scale)
-            zero = set_buffer(module, f"{name}.zero_point", p.zero_point)
+            scale = layers.add_buffer(module, f"{name}.scale", p.scale)
+            zero = layers.add_buffer(module, f"{name}.zero_point", p.zero_point)
             codes = graph.call_function(
                 torch.ops.planish.quantize.default, (node, scale, zero, 0, 0, LEVELS - 1, ACTIVATION_DTYPE)
             )
@@ -397,7 +396,7 @@ def _quantize_biases(
         bias = node.args[2] if len(node.args) > 2 else None
         if not isinstance(bias, Node):
             continue
-        value = read(module, bias)  # (out,)
+        value = layers.read(module, bias)  # (out,)
         scale = _input_scale(node) * weight.scale  # (out,)
         zero = torch.zeros(len(scale), dtype=torch.int32)
         real = torch.round(value.double() / scale.double()).clamp(-(2**31), 2**31 - 1)
@@ -405,7 +404,7 @@ def _quantize_biases(
         name = str(bias.target)
         with module.graph.inserting_before(node):
             parts = [
-                set_buffer(module, f"{name}_{part}", t)
+                layers.add_buffer(module, f"{name}_{part}", t)
                 for part, t in (("codes", codes), ("scale", scale), ("zero_point", zero))
             ]
             restored = module.graph.call_function(torch.ops.planish.dequantize.default, (*parts, 0))
@@ -425,13 +424,5 @@ def _input_scale(node: Node) -> torch.Tensor:
 
 def _activation_entry(node: Node, p: Parameters, observer: str) -> Entry:
     reason = f"uint8 by {observer}, scale {float(p.scale):.6g}, zero point {int(p.zero_point)}"
-    name = node.name if node.op == "placeholder" else f"activation of {layer_of(node)}"
+    name = node.name if node.op == "placeholder" else f"activation of {layers.layer(node)}"
     return Entry(name, "quantized", reason, 4 * node.meta["val"][:1].numel(), node.meta["val"][:1].numel())
-
-
-def _drop_unused(module: GraphModule) -> None:
-    used = {n.target for n in module.graph.nodes if n.op == "get_attr"}
-    for name in [n for n, _ in [*module.named_parameters(), *module.named_buffers()]]:
-        if name not in used:
-            owner, _, leaf = name.rpartition(".")
-            delattr(module.get_submodule(owner), leaf)
