@@ -91,7 +91,7 @@ def same_padding(size: int, kernel: int, stride: int) -> tuple[int, int]:
 class TinyGraph(nn.Module):
     """A network of MLPerf Tiny rebuilt from its op list, batch norm folded as in the published file; without the softmax."""
 
-    def __init__(self, name: str, shape: tuple[int, int, int], seed: int = 0) -> None:
+    def __init__(self, name: str, shape: tuple[int, int, int]) -> None:
         super().__init__()
         folder = data_folder() / "mlperf_tiny"
         graph = json.loads((folder / f"{name}_graph.json").read_text(encoding="utf-8"))

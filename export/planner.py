@@ -81,7 +81,9 @@ def plan(buffers: Iterable[Buffer], alignment: int = 4) -> Plan:
     given = list(buffers)
     for buffer in given:
         if buffer.size < 0 or buffer.first > buffer.last:
-            raise PlanishError(f"buffer '{buffer.name}' has {buffer.size} bytes from step {buffer.first} to {buffer.last}")
+            raise PlanishError(
+                f"buffer '{buffer.name}' has {buffer.size} bytes from step {buffer.first} to {buffer.last}"
+            )
     bound = sum(b.size for b in peak(given)[1])
     meets = [[i for i, other in enumerate(given) if i != j and other.meets(buffer)] for j, buffer in enumerate(given)]
 
@@ -120,10 +122,14 @@ def check(plan: Plan) -> None:
             raise PlanishError(f"memory plan: '{one.buffer.name}' lies at {one.offset} to {one.end} of {plan.arena}")
         for other in plan.placed[:index]:
             if one.buffer.meets(other.buffer) and one.offset < other.end and other.offset < one.end:
-                raise PlanishError(f"memory plan: '{one.buffer.name}' and '{other.buffer.name}' overlap while both live")
+                raise PlanishError(
+                    f"memory plan: '{one.buffer.name}' and '{other.buffer.name}' overlap while both live"
+                )
 
 
-def _place(buffers: Sequence[Buffer], meets: Sequence[Sequence[int]], order: Sequence[int], alignment: int) -> list[int]:
+def _place(
+    buffers: Sequence[Buffer], meets: Sequence[Sequence[int]], order: Sequence[int], alignment: int
+) -> list[int]:
     """Each buffer in turn at the lowest offset that is free during its life."""
     offsets = [-1] * len(buffers)
     for index in order:
