@@ -25,9 +25,13 @@ from onnxscript import opset21
 
 from ..common.errors import PlanishError
 from ..compress.model import Model, output_names
+from ..kernels import affine
 
 OPSET = 21
 MOVES = ("Slice", "Pad", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "MaxPool")
+
+
+assert affine.LIBRARY  # registers planish::quantize and planish::dequantize, which the table below names
 
 
 def _quantize(x, scale, zero_point, axis, quant_min, quant_max, dtype):
