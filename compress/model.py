@@ -36,7 +36,7 @@ class Entry:
     tensor: str
     """parameter name or 'activation of <layer>'"""
     action: str
-    """quantized, pruned, folded or left"""
+    """quantized, pruned, trained, folded or left"""
     reason: str
     """for a tensor that was left: why; else the method"""
     before_bytes: int

@@ -118,7 +118,7 @@ class Static(Pass):
             _correct_biases(module, quantized, batches)
         parameters = self._activations(module, plan, batches)
         _insert_pairs(module, plan, parameters)
-        _quantize_biases(module, quantized, parameters, entries)
+        _quantize_biases(module, quantized, entries)
         for node in plan.own:
             entries.append(_activation_entry(node, parameters[node], self.observer))
         layers.drop_unused(module)
@@ -388,19 +388,17 @@ def _insert_pairs(module: GraphModule, plan: _Plan, parameters: dict[Node, Param
             reader.replace_input_with(node, restored)
 
 
-def _quantize_biases(
-    module: GraphModule, weights: dict[Node, Weight], parameters: dict[Node, Parameters], entries: list[Entry]
-) -> None:
+def _quantize_biases(module: GraphModule, weights: dict[Node, Weight], entries: list[Entry]) -> None:
     """int32 codes with scale = input scale * weight scale, so that they add to the accumulator as they are."""
-    for node, weight in weights.items():
+    scales = _room_for_biases(module, weights)
+    for node in weights:
         bias = node.args[2] if len(node.args) > 2 else None
         if not isinstance(bias, Node):
             continue
         value = layers.read(module, bias)  # (out,)
-        scale = _input_scale(node) * weight.scale  # (out,)
+        scale = _input_scale(node) * scales[_weight_name(node)]  # (out,)
         zero = torch.zeros(len(scale), dtype=torch.int32)
-        real = torch.round(value.double() / scale.double()).clamp(-(2**31), 2**31 - 1)
-        codes = real.to(torch.int32)
+        codes = torch.round(value.double() / scale.double()).to(torch.int32)
         name = str(bias.target)
         with module.graph.inserting_before(node):
             parts = [
@@ -411,6 +409,34 @@ def _quantize_biases(
         restored.meta["val"] = value
         node.update_arg(2, restored)
         entries.append(Entry(name, "quantized", "int32 at the accumulator's scale", 4 * len(scale), 4 * len(scale)))
+
+
+def _room_for_biases(module: GraphModule, weights: dict[Node, Weight]) -> dict[str, torch.Tensor]:
+    """Weight scales (out,) by weight name, raised where a bias would leave no room in the 32-bit sum.
+
+    A channel that is almost dead has a tiny scale, in which its bias is a huge number of steps. Its codes are made anew at
+    the scale that leaves the bias 2^30, half of the accumulator's range.
+    """
+    scales = {_weight_name(node): weight.scale for node, weight in weights.items()}
+    for node in weights:
+        bias = node.args[2] if len(node.args) > 2 else None
+        if isinstance(bias, Node):
+            least = layers.read(module, bias).abs() / (_input_scale(node) * 2.0**30)
+            scales[_weight_name(node)] = torch.maximum(scales[_weight_name(node)], least)
+    for node, weight in weights.items():
+        name = _weight_name(node)
+        if not torch.equal(scales[name], weight.scale):
+            zero = torch.zeros(len(weight.scale), dtype=torch.int8)
+            codes = affine.quantize(weight.original, scales[name], zero, 0, -127, 127, torch.int8)
+            layers.set_tensor(module, f"{name}_codes", codes)
+            layers.set_tensor(module, f"{name}_scale", scales[name])
+    return scales
+
+
+def _weight_name(node: Node) -> str:
+    name = layers.parameter(node.args[1])
+    assert name is not None
+    return name
 
 
 def _input_scale(node: Node) -> torch.Tensor:

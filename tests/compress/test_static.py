@@ -144,3 +144,18 @@ def test_constant_activations_are_quantized_without_failure(images):
     data = Data({"image": np.zeros((4, 3, 16, 16), np.float32)}, None, "zeros")
     result = Static().apply(model, Context(model, data, target.load("host"), torch.Generator()))
     assert torch.equal(result(torch.zeros(2, 3, 16, 16)), torch.zeros(2, 4, 16, 16))
+
+
+def test_an_almost_dead_channel_leaves_room_for_its_bias(images):
+    """Tiny weights beside a large bias: the bias keeps its value instead of saturating in 32 bits."""
+    net = nn.Sequential(nn.Conv2d(3, 2, 1))
+    with torch.no_grad():
+        net[0].weight[0] *= 1e-9
+        net[0].bias[0] = 5.0
+    model = trace(net, {"input": torch.zeros(1, 3, 16, 16)}, "net")
+    data = Data({"input": images.inputs["image"]}, None, "images")
+    result = Static().apply(model, Context(model, data, target.load("host"), torch.Generator()))
+    codes = dict(result.graph.named_buffers())["0.bias_codes"]
+    assert codes.abs().max() <= 2**30 + 1
+    x = torch.from_numpy(images.inputs["image"][:4])
+    assert float((result(x)[:, 0] - 5.0).abs().max()) < 0.05
