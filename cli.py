@@ -281,6 +281,9 @@ def main() -> None:
         _fail(str(error), 1)
     except (KeyboardInterrupt, typer.Abort):
         _fail(INTERRUPTED, 130)
+    except OSError as error:  # a full disk, a folder that may not be read: the system's word and the place
+        where = f": '{error.filename}'" if error.filename else ""
+        _fail(f"{error.strerror or error}{where}", 1)
     except Exception as error:
         if not _is_usage(error):
             raise

@@ -21,6 +21,7 @@ from .common.errors import PlanishError, listed
 from .common.progress import say
 from .compress import compressed as compressed_model
 from .compress import load as loading
+from .compress import program_file
 from .compress import recipe as recipes
 from .compress.data import Data, check
 from .compress.load_data import load_data
@@ -80,8 +81,7 @@ def compress(
         raise PlanishError(f"recipe '{plan.name}' needs data for {listed(needy)}; give --data")
     prepared = _prepare(model, weights, inputs, data, test_data, any(step.trains for _, step in plan.passes))
     original = prepared.model
-    with tempfile.TemporaryDirectory() as scratch:  # a model that cannot be stored is refused now, not after the work
-        compressed_model.program_file.save(original.program(), Path(scratch) / compressed_model.PROGRAM)
+    program_file.dump(original.program(), model)  # a model that cannot be stored is refused now, not after the work
     generator = torch.Generator().manual_seed(seed)
     result = original
     for name, step in plan.passes:
@@ -332,7 +332,7 @@ def _source(
     model = loading.load(spec, weights, inputs, data)
     samples = check(data, model) if data else None
     program = scratch / "model.pt2"
-    compressed_model.program_file.save(model.program(), program)
+    program_file.save(model.program(), program)
     return Source(to_onnx(model), _samples(model, samples), name, program), {"model": spec}
 
 

@@ -74,6 +74,14 @@ class Contents:
 def save(program: torch.export.ExportedProgram, path: Path) -> None:
     """Write a program: no sample inputs, no stack traces, no paths. The same program gives the same bytes.
 
+    Raises PlanishError as `dump` does.
+    """
+    path.write_bytes(dump(program, str(path)))
+
+
+def dump(program: torch.export.ExportedProgram, name: str) -> bytes:
+    """The bytes that `save` writes. `name` is what the message calls the program.
+
     Raises PlanishError for a program that `load` would refuse (custom classes, control flow, foreign operators).
     """
     raw = io.BytesIO()
@@ -81,9 +89,9 @@ def save(program: torch.export.ExportedProgram, path: Path) -> None:
         warnings.filterwarnings("ignore", "No complete tensor found")  # slices of a larger tensor: `pack` cuts them out
         torch.export.save(program, raw)
     try:
-        path.write_bytes(pack(read(raw.getvalue())))
+        return pack(read(raw.getvalue()))
     except Refused as error:
-        raise PlanishError(f"'{path}' cannot be written: {error}") from None
+        raise PlanishError(f"'{name}' cannot be written: {error}") from None
 
 
 def load(path: Path) -> torch.export.ExportedProgram:

@@ -17,7 +17,9 @@ class Pt2(Format):
     def write(self, source: Source, target: Target, folder: Path) -> Written:
         """Copy the program. Raises PlanishError when the source is an ONNX file, which has none."""
         if source.program is None:
-            raise PlanishError(f"format 'pt2' needs a compressed model or a PyTorch model; '{source.name}' is an ONNX file")
+            raise PlanishError(
+                f"format 'pt2' needs a compressed model or a PyTorch model; '{source.name}' is an ONNX file"
+            )
         shutil.copyfile(source.program, folder / "model.pt2")
         graph = source.onnx.graph
         return Written([describe(i) for i in graph.input], [describe(o) for o in graph.output])

@@ -61,7 +61,9 @@ def run(model: Model, inputs: Arrays, batch: int = 256) -> dict[str, np.ndarray]
     parts: list[tuple[torch.Tensor, ...]] = []
     with torch.inference_mode():
         for start in range(0, n, size):
-            tensors = [torch.from_numpy(np.ascontiguousarray(inputs[i.name][start : start + size])) for i in model.inputs]
+            tensors = [
+                torch.from_numpy(np.ascontiguousarray(inputs[i.name][start : start + size])) for i in model.inputs
+            ]
             result = model(*tensors)
             parts.append(result if isinstance(result, tuple) else (result,))
     return {name: torch.cat([p[i] for p in parts]).numpy() for i, name in enumerate(output_names(model))}

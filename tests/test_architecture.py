@@ -44,9 +44,9 @@ def imported_folders(path, parts):
             names = [full[0]] if full else [a.name for a in node.names]
             for name in names:
                 yield name, node.lineno
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "planish":
-            yield "absolute import of planish", node.lineno
-        elif isinstance(node, ast.Import) and any(a.name.split(".")[0] == "planish" for a in node.names):
+        elif (isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "planish") or (
+            isinstance(node, ast.Import) and any(a.name.split(".")[0] == "planish" for a in node.names)
+        ):
             yield "absolute import of planish", node.lineno
 
 
