@@ -26,6 +26,7 @@ from planish.export import _tvm_compat, tuning, tvm_import, tvm_schedule
 from planish.export.lowering import to_onnx
 from planish.export.tvm import compile_model, link
 from planish.runtimes import ort, qemu_user
+from planish.runtimes.tvm import bound_main
 from planish.targets import target
 
 RASPBERRY = "raspberry-pi-4"
@@ -66,7 +67,7 @@ def contenders(proto, name, x):
         ("records", {"records": records}),
     ):
         with _tvm_compat.quiet():
-            main = relax.VirtualMachine(compile_model(fixed, host, **kwargs).executable, cpu())["main"]
+            main = bound_main(relax.VirtualMachine(compile_model(fixed, host, **kwargs).executable, cpu()))
         tensor = runtime.tensor(x)
         got = main(tensor).numpy()
         if np.abs(got - want).max() > (0.1 if "int8" in name else 1e-4) * np.abs(want).max():

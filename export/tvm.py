@@ -18,7 +18,7 @@ import onnx
 
 from ..common.errors import PlanishError, listed, missing_extra
 from ..targets.target import Target
-from . import _tvm_compat, tuning, tvm_import, tvm_schedule
+from . import _tvm_compat, tuning, tvm_import, tvm_layers, tvm_schedule, tvm_weights
 from .format import Format, Source, Written
 
 LIBRARY = "model.so"
@@ -44,6 +44,12 @@ class Compiled:
     """of the tensors between kernels"""
     workspace_bytes: int
     """activations and temporaries that are alive at once, as TVM planned them"""
+    calls: list[tuple[str, str | None]]
+    """(kernel, layer whose weights it reads) in the order in which the virtual machine calls them"""
+    code_bytes: int
+    """quantized weights in the library, as integer codes"""
+    widened_bytes: int
+    """the same in memory, as float32"""
 
 
 @dataclass(frozen=True)
@@ -85,16 +91,15 @@ class Tvm(Format):
                 f"the schedule was not measured on '{target.name}': it is the template's for its vector registers"
                 + (f", with {tuned} tilings measured on another CPU" if tuned else "")
             )
-        if compiled.rewritten.widened_bytes:
+        if compiled.rewritten.layers:
             warnings.append(
-                f"quantized weights are stored as float32 whole numbers ({compiled.rewritten.widened_bytes:,} bytes more than "
-                "their codes) and multiplied at float speed: TVM has no 8-bit kernels here yet"
+                f"quantized weights ({compiled.code_bytes:,} bytes as codes) are widened to float32 when the model is loaded "
+                f"({compiled.widened_bytes:,} bytes of RAM) and multiplied at float speed: TVM has no 8-bit kernels here yet"
             )
         return Written(
             inputs=_described(fixed.graph.input, {t.name for t in fixed.graph.initializer}),
             outputs=_described(fixed.graph.output, set()),
-            flash_bytes=library.stat().st_size,
-            ram_bytes=compiled.workspace_bytes,
+            ram_bytes=compiled.workspace_bytes + compiled.widened_bytes,
             details={
                 "batch": 1,
                 "tvm": _tvm_compat.load().tvm.__version__,
@@ -104,6 +109,8 @@ class Tvm(Format):
                 "schedule": dict(Counter(s.origin for s in kernels.values())),
                 "schedule_measured_on_target": measured_here and tuned > 0,
                 "kernels": rows,
+                "calls": [{"kernel": k, "layer": layer} for k, layer in compiled.calls],
+                "weights": _storage(compiled),
                 "quantized": _arithmetic(compiled.rewritten.layers, measured),
             },
             warnings=tuple(warnings),
@@ -138,8 +145,12 @@ def compile_model(
         if isinstance(function, ir.PrimFunc) and not plain:
             kernels[variable.name_hint] = tvm_schedule.schedule(function, unit, records)
             module.update_func(variable, kernels[variable.name_hint].function)
-    executable = ir.tvm.compile(module, target=ir.Target(llvm_target(target)))
-    return Compiled(executable, kernels, rewritten, imported.layout, _workspace(module, kernels))
+    calls, workspace = tvm_layers.called(module, rewritten.model), _workspace(module, kernels)
+    stored = tvm_weights.store_codes(module) if rewritten.layers else tvm_weights.Stored(module)
+    executable = ir.tvm.compile(stored.module, target=ir.Target(llvm_target(target)))
+    return Compiled(
+        executable, kernels, rewritten, imported.layout, workspace, calls, stored.code_bytes, stored.widened_bytes
+    )
 
 
 def link(executable: Any, target: Target, library: Path) -> None:
@@ -203,6 +214,17 @@ def _row(name: str, scheduled: tvm_schedule.Scheduled) -> dict[str, Any]:
     if scheduled.reason:
         row["reason"] = scheduled.reason
     return row
+
+
+def _storage(compiled: Compiled) -> dict[str, Any] | None:
+    """What the manifest says of weights that are stored as codes; None where there are none."""
+    if not compiled.widened_bytes:
+        return None
+    return {
+        "stored": "integer codes, widened to float32 in RAM once, when the library is loaded",
+        "code_bytes": compiled.code_bytes,
+        "widened_bytes": compiled.widened_bytes,
+    }
 
 
 @dataclass(frozen=True)

@@ -69,8 +69,6 @@ class Rewritten:
     layers: list[Layer] = field(default_factory=list)
     output_step: float = 0.0
     """largest scale among outputs that are dequantized codes; 0 when there is none"""
-    widened_bytes: int = 0
-    """what quantized constants take more as float32 than as codes"""
 
 
 @dataclass(frozen=True)
@@ -245,8 +243,6 @@ class _Rewriter:
         """float tensors that exist"""
         self.zeros: dict[str, int] = {}
         """zero points, counted in unsigned codes, of dequantized activations"""
-        self.widened = 0
-        """bytes that constant codes grow by"""
         self.done: set[str] = set()
         """outputs of nodes that were computed together with an earlier one"""
         self.layers: list[Layer] = []
@@ -288,7 +284,7 @@ class _Rewriter:
         )
         ends = [self.scaled[o.name] for o in self.model.graph.output if o.name in self.scaled]
         step = max((float(e.factor.max()) for e in ends if not e.summed), default=0.0)
-        return Rewritten(onnx.shape_inference.infer_shapes(model), self.layers, step, self.widened)
+        return Rewritten(onnx.shape_inference.infer_shapes(model), self.layers, step)
 
     def _emit(self, op: str, inputs: Iterable[str], output: str, **attributes: Any) -> str:
         self.nodes.append(helper.make_node(op, list(inputs), [output], name=f"{output}.{op}", **attributes))
@@ -369,8 +365,6 @@ class _Rewriter:
         self, out: str, codes: np.ndarray, scale: np.ndarray, zero: np.ndarray, attributes: dict[str, Any]
     ) -> None:
         whole = codes.astype(np.int64)
-        bits = 4 if codes.dtype.name.endswith("int4") else 8 * codes.dtype.itemsize
-        self.widened += codes.size * (32 - bits) // 8
         axis = attributes.get("axis", 1) % max(whole.ndim, 1)
         block = attributes.get("block_size", 0)
         zeros = zero.astype(np.int64)

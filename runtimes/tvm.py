@@ -6,13 +6,13 @@ import platform
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 
 from ..common.errors import Missing, PlanishError
-from ..export import _tvm_compat
+from ..export import _tvm_compat, tvm_weights
 from ..export.artifact import Artifact
 from ..targets import target as targets
 from . import qemu_user
@@ -44,6 +44,15 @@ class Tvm(Runtime):
         )
 
 
+def bound_main(machine: Any) -> Callable[..., Any]:
+    """`main` of a relax.VirtualMachine, called with the model's inputs alone: weights stored as codes are widened here, once."""
+    main = machine["main"]
+    if not machine.module.implements_function(tvm_weights.FUNCTION):
+        return main
+    widened = machine[tvm_weights.FUNCTION]()
+    return lambda *inputs: main(*inputs, widened)
+
+
 class _Model(Session):
     """What both ways of running share: the order and shapes of inputs and outputs, and one sample at a time."""
 
@@ -54,6 +63,7 @@ class _Model(Session):
             raise PlanishError(f"artifact '{artifact.folder}' has no {LIBRARY}")
         details = artifact.manifest.get("details", {})
         self.kernels: dict[str, dict[str, Any]] = {k["kernel"]: k for k in details.get("kernels", [])}
+        self.calls: list[dict[str, Any]] = details.get("calls", [])
 
     def samples(self, inputs: Arrays) -> list[list[np.ndarray]]:
         """One list of input tensors a sample, in the model's order and with the shapes it was compiled for."""
@@ -77,11 +87,19 @@ class _Model(Session):
         return {o["name"]: np.concatenate([r[i] for r in rows]) for i, o in enumerate(self.artifact.outputs)}
 
     def layers(self, calls: Sequence[tuple[str, int | None, float | None]]) -> tuple[Layer, ...]:
-        """The per-layer table from (kernel, instructions, milliseconds) in the order of the calls."""
+        """The per-layer table from (kernel, instructions, milliseconds) in the order of the calls.
+
+        A row is named by the layer that the manifest gives for the call, else by its kind and place, such as 'elementwise 12'.
+        """
+        known = [c["layer"] for c in self.calls] if [c["kernel"] for c in self.calls] == [c[0] for c in calls] else []
+        rows = [self.kernels.get(name, {}) for name, _, _ in calls]
+        kinds = [row.get("op", "kernel") for row in rows]
+        names = [
+            layer or f"{kind} {i}"
+            for i, (layer, kind) in enumerate(zip(known or [None] * len(calls), kinds, strict=True))
+        ]
         return tuple(
-            Layer(f"{i:02d} {name}", row.get("op", "kernel"), row.get("macs"), ms, count)
-            for i, (name, count, ms) in enumerate(calls)
-            for row in [self.kernels.get(name, {})]
+            Layer(names[i], kinds[i], rows[i].get("macs"), ms, count) for i, (_, count, ms) in enumerate(calls)
         )
 
     def base(self) -> dict[str, Any]:
@@ -90,7 +108,6 @@ class _Model(Session):
             "target": self.artifact.target,
             "format": self.artifact.format,
             "file_bytes": self.library.stat().st_size,
-            "flash_bytes": self.artifact.manifest.get("flash_bytes"),
             "ram_bytes": self.artifact.manifest.get("ram_bytes"),
         }
 
@@ -111,7 +128,7 @@ class HostSession(_Model):
         # TVM's pool takes every core and spins; on few cores that costs more than the kernels
         self.tvm.get_global_func("runtime.config_threadpool")(BIG_CORES, threads)
         try:
-            self.main = self._load()["main"]
+            self.main = bound_main(self._load())
         except RuntimeError as error:
             raise PlanishError(
                 f"TVM cannot load '{self.library}': {str(error).strip().splitlines()[-1][:300]}"
@@ -130,11 +147,12 @@ class HostSession(_Model):
                 self.main(*sample)
 
         timing = latency(infer, runs, warmup)
+        peak = peak_memory()  # before the table, which loads the library a second time
         table = self._timed_layers(tensors[0])
         return Profile(
             kind="measured",
             latency_ms=timing,
-            peak_memory_bytes=peak_memory(),
+            peak_memory_bytes=peak,
             macs=sum(layer.macs or 0 for layer in table),
             layers=table,
             environment=machine(self.threads, tvm=self.tvm.__version__),
@@ -160,10 +178,11 @@ class HostSession(_Model):
             return 0
 
         watched = self._load()
+        main = bound_main(watched)
         watched.set_instrument(watch)
         for _ in range(LAYER_RUNS):
             state["index"] = 0
-            watched["main"](*sample)
+            main(*sample)
         return self.layers([(name, None, statistics.median(times[i])) for i, name in enumerate(calls)])
 
     def _load(self) -> Any:
@@ -199,7 +218,7 @@ class EmulatedSession(_Model):
         environment = machine(1, emulator=f"qemu-aarch64 -cpu {self.cpu}")
         if counts is None:
             environment["instructions"] = "not counted: this QEMU does not load the counting plugin (QEMU 7 and 8 do)"
-            table = self.layers([(name, None, None) for name in self.kernels])
+            table = self.layers([(c["kernel"], None, None) for c in self.calls])
         else:
             table = self.layers([(name, n, None) for name, n in counts.kernels])
         return Profile(

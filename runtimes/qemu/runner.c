@@ -78,12 +78,18 @@ static TVMFFIObjectHandle global(const char *name) {
     return function;
 }
 
-static TVMFFIObjectHandle method(TVMFFIAny module, const char *name) {
+/* NULL when the module has no such function. */
+static TVMFFIObjectHandle find(TVMFFIAny module, const char *name) {
     TVMFFIAny arguments[3] = {module, text(name), integer(0)};
     arguments[2].type_index = kTVMFFIBool;
     TVMFFIAny found = call(global("ffi.ModuleGetFunction"), arguments, 3, name);
-    if (found.type_index != kTVMFFIFunction) die(name);
-    return found.v_obj;
+    return found.type_index == kTVMFFIFunction ? found.v_obj : NULL;
+}
+
+static TVMFFIObjectHandle method(TVMFFIAny module, const char *name) {
+    TVMFFIObjectHandle found = find(module, name);
+    if (!found) die(name);
+    return found;
 }
 
 /* Called by the virtual machine around every call: (function, name, before, result, arguments...). */
@@ -157,30 +163,33 @@ int main(int argc, char **argv) {
     TVMFFIObjectHandle model = method(machine, "main");
 
     static Input table[MAX_INPUTS];
-    TVMFFIAny arguments[MAX_INPUTS];
+    TVMFFIAny arguments[MAX_INPUTS + 1];
     for (int i = 0; i < inputs; i++) {
         TVMFFIObjectHandle tensor = NULL;
         parse(argv[7 + i], &table[i]);
         if (TVMFFITensorFromDLPack(&table[i].managed, 0, 1, &tensor)) die("cannot make an input");
         arguments[i] = object(kTVMFFITensor, tensor);
     }
+    int count = inputs;
+    TVMFFIObjectHandle weights = find(machine, "weights"); /* there if weights are stored as codes: widens them, once */
+    if (weights) arguments[count++] = call(weights, NULL, 0, "the weights failed");
     for (int sample = 0; sample < samples; sample++) {
         for (int i = 0; i < inputs; i++)
             if (fread(table[i].managed.dl_tensor.data, 1, table[i].bytes, in) != table[i].bytes) die("too few inputs");
-        TVMFFIAny result = call(model, arguments, inputs, "the model failed");
+        TVMFFIAny result = call(model, arguments, count, "the model failed");
         if (counting && sample == 0) {
             TVMFFIObjectHandle watcher = NULL;
             MARK(2);
-            call(model, arguments, inputs, "the model failed");
+            call(model, arguments, count, "the model failed");
             MARK(3);
             if (TVMFFIFunctionCreate(NULL, instrument, NULL, &watcher)) die("cannot make the instrument");
             TVMFFIAny watch = object(kTVMFFIFunction, watcher);
             call(method(machine, "set_instrument"), &watch, 1, "set_instrument");
-            result = call(model, arguments, inputs, "the model failed");
+            result = call(model, arguments, count, "the model failed");
         }
         if (result.type_index == kTVMFFIArray) {
-            const int64_t count = call(global("ffi.ArraySize"), &result, 1, "ArraySize").v_int64;
-            for (int64_t i = 0; i < count; i++) {
+            const int64_t parts = call(global("ffi.ArraySize"), &result, 1, "ArraySize").v_int64;
+            for (int64_t i = 0; i < parts; i++) {
                 TVMFFIAny item[2] = {result, integer(i)};
                 store(call(global("ffi.ArrayGetItem"), item, 2, "ArrayGetItem"), out);
             }

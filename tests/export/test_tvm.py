@@ -9,13 +9,14 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 from planish.common.errors import PlanishError
-from planish.export import tuning, tvm_import, tvm_schedule
+from planish.export import tuning, tvm_import, tvm_schedule, tvm_weights
 from planish.export.format import Source
 from planish.export.lowering import to_onnx
 from planish.export.tvm import Tvm, compile_model
 from planish.export.tvm_schedule import Tiling, VectorUnit, Workload
 from planish.kernels import affine
 from planish.runtimes import ort
+from planish.runtimes.tvm import bound_main
 from planish.targets import target
 
 tvm = pytest.importorskip("tvm", reason="apache-tvm is not installed")
@@ -45,7 +46,7 @@ def host_outputs(proto, feeds, records=None, plain=False):
 
     compiled = compile_model(tvm_import.fix_batch(proto), HOST, records or {}, plain)
     machine = relax.VirtualMachine(compiled.executable, tvm.cpu())
-    value = machine["main"](*(tvm.runtime.tensor(v) for v in feeds.values()))
+    value = bound_main(machine)(*(tvm.runtime.tensor(v) for v in feeds.values()))
     return [v.numpy() for v in ([value] if hasattr(value, "numpy") else value)]
 
 
@@ -224,6 +225,78 @@ def test_quantized_network_differs_by_no_more_than_the_manifest_says(quantized, 
         assert np.abs(got - want).max() <= written.max_error
 
 
+def test_quantized_weights_are_stored_as_codes(quantized, tmp_path):
+    proto = to_onnx(quantized)
+    written = Tvm().write(Source(proto, {}, "net"), HOST, tmp_path)
+    library = (tmp_path / "model.so").read_bytes()
+    stored = written.details["weights"]
+    assert stored["widened_bytes"] == 4 * stored["code_bytes"]
+    assert written.ram_bytes > stored["widened_bytes"]
+    assert written.flash_bytes is None
+    tensors = [numpy_helper.to_array(t) for t in proto.graph.initializer]
+    kernels = [t.transpose(2, 3, 1, 0) for t in tensors if t.dtype == np.int8 and t.ndim == 4 and t.size > 256]
+    assert kernels
+    for codes in kernels:
+        assert codes.tobytes() in library
+        assert codes.astype(np.float32).tobytes() not in library
+    assert sum(k.size for k in kernels) <= stored["code_bytes"] <= sum(t.size for t in tensors if t.dtype == np.int8)
+
+
+@pytest.mark.parametrize(
+    ("values", "dtype"),
+    [
+        ((-128, 127), "int8"),
+        ((-255, 255), "int16"),
+        ((0, 40_000), None),
+        ((0, 0.5), None),
+        ((0, np.nan), None),
+        ((-0.0,), None),
+    ],
+)
+def test_only_whole_numbers_become_codes_and_come_back_bit_for_bit(values, dtype):
+    tensor = np.resize(np.array(values, np.float32), (20, 20))
+    codes = tvm_weights.as_codes(tensor)
+    assert (None if codes is None else codes.dtype.name) == dtype
+    if codes is not None:
+        assert codes.astype(np.float32).tobytes() == tensor.tobytes()
+    assert tvm_weights.as_codes(tensor[:3]) is None, "too few to be worth a call"
+
+
+def test_weights_with_a_zero_point_are_stored_in_two_bytes():
+    rng = np.random.default_rng(0)
+    constants = {
+        "xs": np.float32(0.02),
+        "xz": np.uint8(128),
+        "w": rng.integers(0, 256, (40, 30)).astype(np.uint8),
+        "ws": np.float32(0.01),
+        "wz": np.uint8(9),
+        "ys": np.float32(0.3),
+        "yz": np.uint8(128),
+    }
+    nodes = [
+        helper.make_node("DequantizeLinear", ["x", "xs", "xz"], ["xf"]),
+        helper.make_node("DequantizeLinear", ["w", "ws", "wz"], ["wf"]),
+        helper.make_node("MatMul", ["xf", "wf"], ["yf"], name="product"),
+        helper.make_node("QuantizeLinear", ["yf", "ys", "yz"], ["y"]),
+    ]
+    proto = model(nodes, {"x": (TensorProto.UINT8, [1, 40])}, {"y": (TensorProto.UINT8, None)}, constants)
+    compiled = compile_model(tvm_import.fix_batch(proto), HOST, {})
+    assert (compiled.code_bytes, compiled.widened_bytes) == (2 * 1200, 4 * 1200)
+    feeds = {"x": rng.integers(0, 256, (1, 40)).astype(np.uint8)}
+    np.testing.assert_array_equal(host_outputs(proto, feeds)[0], onnx_outputs(proto, feeds)[0])
+
+
+def test_calls_are_named_by_the_layers_whose_weights_they_read(quantized, residual):
+    for source in (quantized, residual):
+        proto = to_onnx(source)
+        compiled = compile_model(tvm_import.fix_batch(proto), HOST, {})
+        layers = [n.name for n in proto.graph.node if n.op_type in ("Conv", "Gemm", "MatMul")]
+        assert sorted(layer for _, layer in compiled.calls if layer) == sorted(layers)
+        for kernel, layer in compiled.calls:
+            work = compiled.kernels[kernel].workload
+            assert (layer is not None) == (work is not None and work.macs > 0)
+
+
 @pytest.mark.parametrize("weights", ["int4", "blocked"])
 def test_weights_that_tvm_cannot_import_are_imported_here(weights):
     rng = np.random.default_rng(0)
@@ -258,7 +331,7 @@ def test_every_product_has_a_schedule(residual, tmp_path):
     assert sum(r["macs"] > 0 for r in rows) >= 5
     assert all(r["schedule"] in ("record", "default") and r["tiling"] for r in rows if r["macs"])
     assert written.details["layout"] == "channels last"
-    assert written.details["quantized"] is None
+    assert written.details["quantized"] is written.details["weights"] is None
     assert not written.warnings
 
 
