@@ -110,8 +110,9 @@ def export(
     if as_json:
         return _json(report)
     _print(f"{report['format']} artifact for {target} in {output}: {report['bytes']:,} bytes")
-    if "flash_bytes" in report:
-        _print(f"flash {report['flash_bytes']:,} bytes, RAM {report['ram_bytes']:,} bytes")
+    for key, what in (("flash_bytes", "flash"), ("ram_bytes", "RAM")):
+        if key in report:
+            _print(f"{what} {report[key]:,} bytes")
     for name in report["files"]:
         _print(f"  {name}")
     for warning in report["warnings"]:

@@ -25,14 +25,14 @@ from .compress import program_file
 from .compress import recipe as recipes
 from .compress.data import Data, check
 from .compress.load_data import load_data
-from .compress.model import Input, Model
+from .compress.model import Input, Model, predict
 from .compress.passes import Context
 from .export import artifact as artifacts
 from .export import cost
 from .export.artifact import Artifact
 from .export.format import Format, Source, Written
 from .export.lowering import to_onnx
-from .runtimes import measure, ort, pt2
+from .runtimes import measure, ort
 from .runtimes.session import Profile, Runtime, Session
 from .targets import target as targets
 from .targets.target import Target
@@ -89,7 +89,7 @@ def compress(
         result = step.apply(result, Context(original, prepared.data, device, generator))
     accuracy = None
     if prepared.test is not None and prepared.test.labels is not None:
-        scores = [top1(pt2.run(m, prepared.test.inputs), prepared.test.labels) for m in (original, result)]
+        scores = [top1(predict(m, prepared.test.inputs), prepared.test.labels) for m in (original, result)]
         accuracy = {"original": scores[0], "compressed": scores[1], "n": prepared.test.n}
     samples = prepared.test or prepared.data
     built = compressed_model.build(
@@ -161,7 +161,7 @@ def verify(artifact: Path, *, runtime: str | None = None, threads: int = 1) -> d
     item = artifacts.load(artifact)
     hashes = item.check()
     bound = float(item.manifest["max_error"])
-    name = runtime or targets.load(item.target).runtime
+    name = runtime or _default_runtime(item)
     if not all(hashes.values()):
         broken = [n for n, same in hashes.items() if not same]
         raise PlanishError(f"artifact '{artifact}': {listed(broken)} changed since it was written (SHA-256 differs)")
@@ -212,7 +212,7 @@ def run(artifact: Path, inputs: str, *, runtime: str | None = None, threads: int
     """Outputs by name for the samples in `inputs` (a data file or `file.py:loader`)."""
     item = artifacts.load(artifact)
     feeds = _fitting(item, load_data(inputs))
-    with _open(item, runtime or targets.load(item.target).runtime, threads) as session:
+    with _open(item, runtime or _default_runtime(item), threads) as session:
         return session.run(feeds.inputs)
 
 
@@ -235,7 +235,7 @@ def evaluate(
     folder = Path(model)
     if (folder / "manifest.json").is_file() and files.read_json(folder / "manifest.json").get("format") != "compressed":
         item = artifacts.load(folder)
-        name = runtime or ("c" if item.format == "c" else targets.load(item.target).runtime)
+        name = runtime or ("c" if item.format == "c" else _default_runtime(item))
         golden = item.golden()
         feeds = _fitting(item, samples) if samples else _golden_inputs(golden, model)
         with _open(item, name, threads) as session:
@@ -247,7 +247,7 @@ def evaluate(
         golden = dict(compressed_model.load(folder).golden) if folder.is_dir() else {}
         traced = loading.load(model, weights, inputs, samples)
         feeds = check(samples, traced) if samples else _golden_inputs(golden, model)
-        answers = pt2.run(traced, feeds.inputs)
+        answers = predict(traced, feeds.inputs)
     if feeds.labels is not None:
         return {"metric": "accuracy", "value": top1(answers, feeds.labels), "n": feeds.n, "runtime": name}
     if samples is not None:
@@ -407,6 +407,15 @@ def _open(item: Artifact, name: str, threads: int) -> Session:
             f"runtime '{name}' runs {listed(runtime.formats)}; artifact '{item.folder}' has format '{item.format}'"
         )
     return runtime.open(item, threads)
+
+
+def _default_runtime(item: Artifact) -> str:
+    """The target's own runtime; for an artifact in another format than the target's usual one, the first that runs it."""
+    able = [n for n, kind in plugins.find(f"{__package__}.runtimes", Runtime).items() if item.format in kind.formats]
+    usual = targets.load(item.target).runtime
+    if not able:
+        raise PlanishError(f"artifact '{item.folder}' has format '{item.format}', which no runtime here runs")
+    return usual if usual in able else able[0]
 
 
 def _fitting(item: Artifact, data: Data) -> Data:

@@ -23,12 +23,11 @@ import pydantic
 import safetensors
 import safetensors.numpy
 import torch
-from torch.utils import _pytree as pytree
 
 from ..common import files
 from ..common.errors import PlanishError, listed
 from . import cost, program_file
-from .model import Entry, Model, as_tensors, from_program, output_names
+from .model import Entry, Model, from_program, predict
 
 FORMAT_VERSION = 1
 PROGRAM, GOLDEN, MANIFEST = "model.pt2", "golden.safetensors", "manifest.json"
@@ -66,12 +65,11 @@ def build(
     version: str = "0",
 ) -> Compressed:
     """The compressed model with its manifest and the answers of both models to `samples` (n, ...) by input name."""
-    arrays = {n: samples[n] for n in (i.name for i in model.inputs)}
-    names = output_names(model)
-    before, after = _answers(original, arrays), _answers(model, arrays)
+    arrays = {i.name: samples[i.name] for i in model.inputs}
+    before, after = predict(original, arrays), predict(model, arrays)
     golden = {f"input.{n}": a.copy() for n, a in arrays.items()}
-    golden |= {f"original.{n}": a for n, a in zip(names, before, strict=True)}
-    golden |= {f"expected.{n}": a for n, a in zip(names, after, strict=True)}
+    golden |= {f"original.{n}": a for n, a in before.items()}
+    golden |= {f"expected.{n}": a for n, a in after.items()}
     manifest = {
         "format": "compressed",
         "format_version": FORMAT_VERSION,
@@ -80,9 +78,7 @@ def build(
         "target": target,
         "recipe": dict(recipe),
         "inputs": [_described(i.name, i.shape, i.dtype, model.batched) for i in model.inputs],
-        "outputs": [
-            _described(n, a.shape, torch.from_numpy(a).dtype, model.batched) for n, a in zip(names, after, strict=True)
-        ],
+        "outputs": [_described(n, a.shape, torch.from_numpy(a).dtype, model.batched) for n, a in after.items()],
         "original": summary(original),
         "compressed": summary(model),
         "accuracy": None if accuracy is None else dict(accuracy),
@@ -145,20 +141,6 @@ def _receipt(folder: Path, manifest: Mapping[str, Any]) -> list[Entry]:
     except pydantic.ValidationError as error:
         where = ".".join(str(p) for p in error.errors()[0]["loc"])
         raise PlanishError(f"'{folder / MANIFEST}': the receipt is malformed at '{where}'") from None
-
-
-def _answers(model: Model, arrays: Mapping[str, np.ndarray]) -> list[np.ndarray]:
-    """Outputs (n, ...) of the model; one with a fixed batch takes the samples batch by batch."""
-    n = len(next(iter(arrays.values())))
-    step = n if model.batched else max(1, model.inputs[0].shape[0] if model.inputs[0].shape else 1)
-    if n % step:
-        raise PlanishError(f"{n} samples do not fill batches of {step}, which '{model.source}' fixes")
-    with torch.no_grad():
-        parts = [
-            pytree.tree_leaves(model(*as_tensors(model, {k: a[i : i + step] for k, a in arrays.items()})))
-            for i in range(0, n, step)
-        ]
-    return [torch.cat([p[k] for p in parts]).numpy() for k in range(len(parts[0]))]
 
 
 def _described(name: str, shape: tuple[int, ...], dtype: torch.dtype, batched: bool) -> dict[str, Any]:

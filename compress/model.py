@@ -177,9 +177,22 @@ def output_names(model: Model) -> tuple[str, ...]:
     return ("output",) if len(flat) == 1 else tuple(f"output_{i}" for i in range(len(flat)))
 
 
-def as_tensors(model: Model, arrays: Mapping[str, np.ndarray]) -> tuple[torch.Tensor, ...]:
-    """Input tensors in the model's order from arrays by name."""
-    return tuple(torch.from_numpy(np.ascontiguousarray(arrays[i.name])).to(i.dtype) for i in model.inputs)
+def predict(model: Model, inputs: Mapping[str, np.ndarray], batch: int = 256) -> dict[str, np.ndarray]:
+    """Outputs (n, ...) by name for (n, ...) inputs, at most `batch` samples at a time.
+
+    A model that fixes its batch takes its own; raises PlanishError when the samples do not fill it.
+    """
+    n = len(next(iter(inputs.values())))
+    size = batch if model.batched else max(1, model.inputs[0].shape[0] if model.inputs[0].shape else 1)
+    if not model.batched and n % size:
+        raise PlanishError(f"{n} samples do not fill batches of {size}, which '{model.source}' fixes")
+    parts: list[list[torch.Tensor]] = []
+    with torch.no_grad():
+        for start in range(0, n, size):
+            arrays = [np.ascontiguousarray(inputs[i.name][start : start + size]) for i in model.inputs]
+            tensors = [torch.from_numpy(a).to(i.dtype) for a, i in zip(arrays, model.inputs, strict=True)]
+            parts.append(tree_leaves(model(*tensors)))
+    return {name: torch.cat([p[i] for p in parts]).numpy() for i, name in enumerate(output_names(model))}
 
 
 def _first_line(error: Exception | None) -> str:

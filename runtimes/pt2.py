@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from ..compress import program_file
-from ..compress.model import Model, from_program, output_names
+from ..compress.model import Model, from_program, predict
 from ..export.artifact import Artifact
 from .measure import latency, machine, peak_memory
 from .session import Arrays, Profile, Runtime, Session
@@ -33,7 +33,7 @@ class Pt2Session(Session):
 
     def run(self, inputs: Arrays) -> dict[str, np.ndarray]:
         """Outputs for a batch."""
-        return run(self.model, inputs)
+        return predict(self.model, inputs)
 
     def profile(self, inputs: Arrays, runs: int, warmup: int) -> Profile:
         """Latency in PyTorch; no per-layer table."""
@@ -52,18 +52,3 @@ class Pt2Session(Session):
             file_bytes=(self.artifact.folder / "model.pt2").stat().st_size,
             environment=machine(self.threads, torch=torch.__version__),
         )
-
-
-def run(model: Model, inputs: Arrays, batch: int = 256) -> dict[str, np.ndarray]:
-    """Outputs of a traced model for (n, ...) inputs, at most `batch` samples at a time."""
-    size = batch if model.batched else model.inputs[0].shape[0]
-    n = len(next(iter(inputs.values())))
-    parts: list[tuple[torch.Tensor, ...]] = []
-    with torch.inference_mode():
-        for start in range(0, n, size):
-            tensors = [
-                torch.from_numpy(np.ascontiguousarray(inputs[i.name][start : start + size])) for i in model.inputs
-            ]
-            result = model(*tensors)
-            parts.append(result if isinstance(result, tuple) else (result,))
-    return {name: torch.cat([p[i] for p in parts]).numpy() for i, name in enumerate(output_names(model))}

@@ -135,14 +135,7 @@ class Static(Pass):
             zero = torch.zeros(len(scale), dtype=torch.int8)
             codes = affine.quantize(value, scale, zero, 0, -127, 127, torch.int8)
             name = str(source.target)
-            with module.graph.inserting_before(node):
-                parts = [
-                    layers.add_buffer(module, f"{name}_{part}", t)
-                    for part, t in (("codes", codes), ("scale", scale), ("zero_point", zero))
-                ]
-                restored = module.graph.call_function(torch.ops.planish.dequantize.default, (*parts, 0))
-            restored.meta["val"] = value
-            node.update_arg(1, restored)
+            node.update_arg(1, _stored(module, node, name, value, (codes, scale, zero)))
             real = affine.dequantize(codes, scale, zero, 0)
             found[node] = Weight(value, real, scale)
             error = float((real - value).norm() / value.norm().clamp_min(1e-30))
@@ -400,15 +393,17 @@ def _quantize_biases(module: GraphModule, weights: dict[Node, Weight], entries: 
         zero = torch.zeros(len(scale), dtype=torch.int32)
         codes = torch.round(value.double() / scale.double()).to(torch.int32)
         name = str(bias.target)
-        with module.graph.inserting_before(node):
-            parts = [
-                layers.add_buffer(module, f"{name}_{part}", t)
-                for part, t in (("codes", codes), ("scale", scale), ("zero_point", zero))
-            ]
-            restored = module.graph.call_function(torch.ops.planish.dequantize.default, (*parts, 0))
-        restored.meta["val"] = value
-        node.update_arg(2, restored)
+        node.update_arg(2, _stored(module, node, name, value, (codes, scale, zero)))
         entries.append(Entry(name, "quantized", "int32 at the accumulator's scale", 4 * len(scale), 4 * len(scale)))
+
+
+def _stored(module: GraphModule, node: Node, name: str, value: torch.Tensor, codes: tuple[torch.Tensor, ...]) -> Node:
+    """The dequantized form, in front of `node`, of a constant called `name`; `codes` are codes, scale and zero point."""
+    with module.graph.inserting_before(node):
+        parts = [layers.add_buffer(module, name + s, t) for s, t in zip(layers.STORED_AS, codes, strict=True)]
+        restored = module.graph.call_function(torch.ops.planish.dequantize.default, (*parts, 0))
+    restored.meta["val"] = value
+    return restored
 
 
 def _room_for_biases(module: GraphModule, weights: dict[Node, Weight]) -> dict[str, torch.Tensor]:
