@@ -88,28 +88,28 @@ def _deployed_bytes(item: pipeline.artifacts.Artifact) -> int:
 
 
 def table(report: dict[str, Any]) -> Table:
-    """The rows for a terminal, each compared with the original."""
+    """The rows for a terminal of 80 columns, each compared with the original; what could not run stands below, with its reason.
+
+    The bytes of a microcontroller's row are its flash image: code, weights and start-up.
+    """
     original = report["rows"][0]
     result = Table(title="Fashion-MNIST residual network", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in ("", "target", "format", "bytes", "accuracy", "MACs", "latency or instructions", "RAM", "flash"):
-        result.add_column(column, justify="left" if column in ("", "target", "format") else "right")
+    for column in ("target", "bytes", "accuracy", "MACs", "latency or\ninstructions", "RAM"):
+        result.add_column(column, justify="left" if column == "target" else "right", no_wrap=True)
     notes = []
     for row in report["rows"]:
-        cost = ""
+        speed = "not run"
         if "latency_ms" in row:
-            cost = f"{row['latency_ms']:.3f} ms {_against(original, row, 'latency_ms')} {row['kind']}"
+            speed = f"{row['latency_ms']:.3f} ms{_against(original, row, 'latency_ms')}\n{row['kind']}"
         elif "instructions" in row:
-            cost = f"{row['instructions']:,} instructions, {row['kind']}"
+            speed = f"{row['instructions']:,}\n{row['kind']}"
         result.add_row(
-            row["name"],
-            row["target"],
-            row.get("format", ""),
-            f"{row['bytes']:,} {_against(original, row, 'bytes')}" if "bytes" in row else "",
-            f"{row['accuracy']:.2%} (n={row['n']})" if "accuracy" in row else "not run",
-            f"{row['macs']:,} {_against(original, row, 'macs')}" if "macs" in row else "",
-            cost or "not run",
+            f"{row['target']}\n{row['name']}" + (f", {row['format']}" if "format" in row else ""),
+            _bytes(original, row),
+            f"{row['accuracy']:.2%}\nn={row['n']}" if "accuracy" in row else "not run",
+            f"{row['macs']:,}{_against(original, row, 'macs')}" if "macs" in row else "",
+            speed,
             f"{row['ram_bytes']:,}" if row.get("ram_bytes") else "",
-            f"{row['flash_bytes']:,}" if row.get("flash_bytes") else "",
         )
         if "skipped" in row:
             notes.append(f"{row['target']}: {row['skipped']}")
@@ -118,8 +118,15 @@ def table(report: dict[str, Any]) -> Table:
     return result
 
 
+def _bytes(original: dict[str, Any], row: dict[str, Any]) -> str:
+    if "bytes" not in row:
+        return ""
+    where = "\nflash" if row.get("flash_bytes") else ""
+    return f"{row['bytes']:,}{_against(original, row, 'bytes')}{where}"
+
+
 def _against(original: dict[str, Any], row: dict[str, Any], key: str) -> str:
-    """How many times less than the original, in brackets; nothing for the original itself."""
+    """A second line, how many times less than the original; nothing for the original itself."""
     if row is original or not original.get(key) or not row.get(key):
         return ""
-    return f"({original[key] / row[key]:.1f}x less)"
+    return f"\n{original[key] / row[key]:.1f}x less"
