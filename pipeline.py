@@ -39,6 +39,8 @@ from .targets.target import Target
 
 GOLDEN = 8
 """samples kept with a model, with its answers"""
+FAR = 0.1
+"""difference of an artifact to its compressed program, as a share of the largest output, that is worth a warning"""
 HELD_OUT = 0.1
 """share of the data that a training recipe never sees, when no test data is given"""
 
@@ -74,6 +76,7 @@ def compress(
     started = time.perf_counter()
     if output is not None:
         files.check_output(output, force)
+        _keep_source(model, output)
     device = targets.load(target)
     plan = recipes.load(recipe or device.recipe)
     needy = [name for name, step in plan.passes if step.needs_data]
@@ -82,15 +85,19 @@ def compress(
     prepared = _prepare(model, weights, inputs, data, test_data, any(step.trains for _, step in plan.passes))
     original = prepared.model
     program_file.dump(original.program(), model)  # a model that cannot be stored is refused now, not after the work
+    test = prepared.test if prepared.test is not None and prepared.test.labels is not None else None
+    accuracy: dict[str, Any] | None = None
+    if (
+        test is not None and test.labels is not None
+    ):  # first, so that outputs that are no scores are refused before the work
+        accuracy = {"original": top1(predict(original, test.inputs), test.labels), "n": test.n}
     generator = torch.Generator().manual_seed(seed)
     result = original
     for name, step in plan.passes:
         say(f"{name}")
         result = step.apply(result, Context(original, prepared.data, device, generator))
-    accuracy = None
-    if prepared.test is not None and prepared.test.labels is not None:
-        scores = [top1(predict(m, prepared.test.inputs), prepared.test.labels) for m in (original, result)]
-        accuracy = {"original": scores[0], "compressed": scores[1], "n": prepared.test.n}
+    if accuracy is not None and test is not None and test.labels is not None:
+        accuracy["compressed"] = top1(predict(result, test.inputs), test.labels)
     samples = prepared.test or prepared.data
     built = compressed_model.build(
         result,
@@ -132,6 +139,7 @@ def export(
     Returns the keys of `planish export --json`. Raises PlanishError, having written nothing.
     """
     files.check_output(output, force)
+    _keep_source(model, output)
     device = targets.load(target)
     kind = format or device.format
     writer = plugins.create(f"{__package__}.export", Format, kind, "format")
@@ -148,7 +156,7 @@ def export(
         "files": sorted(manifest["files"]),
         "bytes": sum(f["bytes"] for f in manifest["files"].values()),
         **_known({"flash_bytes": written.flash_bytes, "ram_bytes": written.ram_bytes}),
-        "warnings": list(written.warnings),
+        "warnings": manifest["warnings"],
     }
 
 
@@ -158,27 +166,20 @@ def verify(artifact: Path, *, runtime: str | None = None, threads: int = 1) -> d
     Returns {ok, exact, max_error, bound, runtime, hashes}; `max_error` is the largest absolute difference of an output to the
     answers that the artifact carries, `bound` the difference that its format allows.
     """
-    item = artifacts.load(artifact)
-    hashes = item.check()
+    item, hashes = _whole(artifact)
     bound = float(item.manifest["max_error"])
     name = runtime or _default_runtime(item)
-    if not all(hashes.values()):
-        broken = [n for n, same in hashes.items() if not same]
-        raise PlanishError(f"artifact '{artifact}': {listed(broken)} changed since it was written (SHA-256 differs)")
     golden = item.golden()
     feeds = {k.removeprefix("input."): v for k, v in golden.items() if k.startswith("input.")}
     with _open(item, name, threads) as session:
         answers = session.run(feeds)
-    errors = [
-        float(np.abs(answers[k.removeprefix("expected.")].astype(np.float64) - v).max())
-        for k, v in golden.items()
-        if k.startswith("expected.")
-    ]
-    worst = max(errors)
+    worst = max(
+        _difference(answers[k.removeprefix("expected.")], v) for k, v in golden.items() if k.startswith("expected.")
+    )
     return {
         "ok": worst <= bound,
         "exact": worst == 0,
-        "max_error": worst,
+        "max_error": worst if np.isfinite(worst) else None,
         "bound": bound,
         "runtime": name,
         "hashes": hashes,
@@ -210,7 +211,7 @@ def profile(
 
 def run(artifact: Path, inputs: str, *, runtime: str | None = None, threads: int = 1) -> dict[str, np.ndarray]:
     """Outputs by name for the samples in `inputs` (a data file or `file.py:loader`)."""
-    item = artifacts.load(artifact)
+    item, _ = _whole(artifact)
     feeds = _fitting(item, load_data(inputs))
     with _open(item, runtime or _default_runtime(item), threads) as session:
         return session.run(feeds.inputs)
@@ -234,7 +235,7 @@ def evaluate(
     samples = load_data(data) if data else None
     folder = Path(model)
     if (folder / "manifest.json").is_file() and files.read_json(folder / "manifest.json").get("format") != "compressed":
-        item = artifacts.load(folder)
+        item, _ = _whole(folder)
         name = runtime or ("c" if item.format == "c" else _default_runtime(item))
         golden = item.golden()
         feeds = _fitting(item, samples) if samples else _golden_inputs(golden, model)
@@ -246,7 +247,7 @@ def evaluate(
         name = "pt2"
         golden = dict(compressed_model.load(folder).golden) if folder.is_dir() else {}
         traced = loading.load(model, weights, inputs, samples)
-        feeds = check(samples, traced) if samples else _golden_inputs(golden, model)
+        feeds = check(samples, traced.inputs) if samples else _golden_inputs(golden, model)
         answers = predict(traced, feeds.inputs)
     if feeds.labels is not None:
         return {"metric": "accuracy", "value": top1(answers, feeds.labels), "n": feeds.n, "runtime": name}
@@ -256,6 +257,15 @@ def evaluate(
         )
     originals = {k.removeprefix("original."): v for k, v in golden.items() if k.startswith("original.")}
     return {"metric": "cosine", "value": cosine(answers, originals), "n": feeds.n, "runtime": name}
+
+
+def _difference(got: np.ndarray, want: np.ndarray) -> float:
+    """Largest absolute difference; infinite for another shape, and for NaN where a number was expected."""
+    if got.shape != want.shape:
+        return float("inf")
+    a, b = got.astype(np.float64), want.astype(np.float64)
+    apart = np.where((a == b) | (np.isnan(a) & np.isnan(b)), 0.0, np.abs(a - b))
+    return float(np.nan_to_num(apart, nan=np.inf).max(initial=0.0))
 
 
 def top1(outputs: Mapping[str, np.ndarray], labels: np.ndarray) -> float:
@@ -276,6 +286,13 @@ def cosine(outputs: Mapping[str, np.ndarray], originals: Mapping[str, np.ndarray
     return min(found)
 
 
+def _keep_source(model: str, output: Path) -> None:
+    """Raise PlanishError when writing the output would replace the model that it is made from."""
+    source = Path(model).resolve()
+    if source.exists() and (source == output.resolve() or output.resolve() in source.parents):
+        raise PlanishError(f"output '{output}' is, or holds, the model '{model}'; choose another path")
+
+
 def _prepare(
     spec: str,
     weights: Path | None,
@@ -288,8 +305,8 @@ def _prepare(
     samples = load_data(data) if data else None
     test = load_data(test_data) if test_data else None
     model = loading.load(spec, weights, inputs, samples or test)
-    samples = check(samples, model) if samples else None
-    test = check(test, model) if test else samples
+    samples = check(samples, model.inputs) if samples else None
+    test = check(test, model.inputs) if test else samples
     if trains and test_data is None and samples is not None:
         split = max(1, round(samples.n * (1 - HELD_OUT)))
         samples, test = samples.take(slice(None, split)), samples.take(slice(split, None))
@@ -298,9 +315,9 @@ def _prepare(
 
 
 def _samples(model: Model, data: Data | None) -> dict[str, np.ndarray]:
-    """The first golden samples of the data; without data, seeded noise (integers: zeros) of the input shapes."""
+    """The first samples of the data; without data, seeded noise (integers: zeros) of the input shapes."""
     count = GOLDEN if model.batched else model.inputs[0].shape[0]
-    if data is not None and data.n >= count:
+    if data is not None and (model.batched or data.n >= count):
         return {k: v[:count] for k, v in data.inputs.items()}
     generator = np.random.default_rng(0)
     shapes = {i.name: ((count, *i.shape[1:]) if model.batched else i.shape, i.dtype) for i in model.inputs}
@@ -321,16 +338,20 @@ def _source(
     name = name if name and name[0].isalpha() else f"model_{name}"
     if path.suffix == ".onnx":
         proto = _read_onnx(path)
-        samples = data.inputs if data else _noise(proto, spec)
+        samples = check(data, _onnx_inputs(proto)).inputs if data else _noise(proto, spec)
         return Source(proto, {k: v[:GOLDEN] for k, v in samples.items()}, name), {"model": spec}
     if (path / "manifest.json").is_file():
+        if data is not None or weights is not None or inputs:
+            raise PlanishError(
+                f"'{spec}' carries its own weights and samples; --data, --weights and --input do not apply"
+            )
         item = compressed_model.load(path)
         golden = {k.removeprefix("input."): v for k, v in item.golden.items() if k.startswith("input.")}
         origin = {k: item.manifest[k] for k in ("model", "recipe", "original", "compressed", "accuracy", "receipt")}
-        origin["golden_original"] = {k: v for k, v in item.golden.items() if k.startswith("original.")}
+        origin["golden"] = {k: v for k, v in item.golden.items() if not k.startswith("input.")}
         return Source(to_onnx(item.model), golden, name, path / compressed_model.PROGRAM), origin
     model = loading.load(spec, weights, inputs, data)
-    samples = check(data, model) if data else None
+    samples = check(data, model.inputs) if data else None
     program = scratch / "model.pt2"
     program_file.save(model.program(), program)
     return Source(to_onnx(model), _samples(model, samples), name, program), {"model": spec}
@@ -350,32 +371,52 @@ def _read_onnx(path: Path) -> onnx.ModelProto:
 def _noise(model: onnx.ModelProto, spec: str) -> dict[str, np.ndarray]:
     """Seeded golden samples for an ONNX file that came without data."""
     generator = np.random.default_rng(0)
-    weights = {i.name for i in model.graph.initializer}
     found: dict[str, np.ndarray] = {}
-    for value in model.graph.input:
-        if value.name in weights:
-            continue
-        tensor = value.type.tensor_type
-        shape = [d.dim_value for d in tensor.shape.dim]
-        if any(d <= 0 for d in shape[1:]):
-            raise PlanishError(f"'{spec}': input '{value.name}' has a dynamic dimension besides the batch; give --data")
-        dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)
-        full = (shape[0] if shape and shape[0] > 0 else GOLDEN, *shape[1:])
+    for item in _onnx_inputs(model):
+        if any(d <= 0 for d in item.shape[1:]):
+            raise PlanishError(f"'{spec}': input '{item.name}' has a dynamic dimension besides the batch; give --data")
+        full = (item.shape[0] if item.shape and item.shape[0] > 0 else GOLDEN, *item.shape[1:])
         noise = generator.standard_normal(full)
-        found[value.name] = (noise if dtype.kind == "f" else np.rint(noise * 32 + 64).clip(0, 127)).astype(dtype)
+        values = noise if item.dtype.is_floating_point else np.rint(noise * 32 + 64).clip(0, 127)
+        found[item.name] = values.astype(torch.empty(0, dtype=item.dtype).numpy().dtype)
     return found
+
+
+def _onnx_inputs(model: onnx.ModelProto) -> list[Input]:
+    """The file's inputs; a dynamic dimension is 0."""
+    weights = {i.name for i in model.graph.initializer}
+    return [
+        Input(
+            v.name,
+            tuple(d.dim_value for d in v.type.tensor_type.shape.dim),
+            torch.from_numpy(np.empty(0, onnx.helper.tensor_dtype_to_np_dtype(v.type.tensor_type.elem_type))).dtype,
+        )
+        for v in model.graph.input
+        if v.name not in weights
+    ]
 
 
 def _finish(
     folder: Path, source: Source, origin: dict[str, Any], device: Target, kind: str, written: Written
 ) -> dict[str, Any]:
     """Add golden.safetensors and manifest.json to a folder that a format has filled."""
-    original = origin.pop("golden_original", {})
+    stored = origin.pop("golden", {})
     session = ort.create(source.onnx.SerializeToString(), 1)
-    answers = ort.run(session, source.golden_inputs)
-    names = dict(zip((o.name for o in source.onnx.graph.output), answers.values(), strict=True))
+    runtime = ort.run(session, source.golden_inputs)
+    answers = runtime if written.answers is None else dict(written.answers)
     golden = {f"input.{k}": v for k, v in source.golden_inputs.items()}
-    golden |= {f"expected.{k}": v for k, v in names.items()} | original
+    golden |= {f"expected.{k}": v for k, v in answers.items()}
+    golden |= {k: v for k, v in stored.items() if k.startswith("original.")}
+    compressed = {k.removeprefix("expected."): v for k, v in stored.items() if k.startswith("expected.")}
+    differences = {"onnxruntime": _worst(answers, runtime)}
+    warnings = list(written.warnings)
+    if compressed:
+        differences["compressed_program"] = _worst(answers, compressed)
+        if differences["compressed_program"] > FAR:
+            warnings.append(
+                f"on the golden samples the artifact is {differences['compressed_program']:.1%} of the largest output away "
+                "from the compressed program in PyTorch"
+            )
     arrays = {k: np.ascontiguousarray(v) for k, v in sorted(golden.items())}
     (folder / "golden.safetensors").write_bytes(safetensors.numpy.save(arrays))
     listing = sorted(p for p in folder.rglob("*") if p.is_file())
@@ -389,7 +430,8 @@ def _finish(
         "outputs": written.outputs,
         "macs": cost.macs(source.onnx),
         "max_error": written.max_error,
-        "warnings": list(written.warnings),
+        "warnings": warnings,
+        "golden_differences": differences,
         "details": dict(written.details),
         **_known({"flash_bytes": written.flash_bytes, "ram_bytes": written.ram_bytes}),
         **origin,
@@ -397,6 +439,11 @@ def _finish(
     }
     (folder / "manifest.json").write_text(files.to_json(manifest), encoding="utf-8")
     return manifest
+
+
+def _worst(got: Mapping[str, np.ndarray], want: Mapping[str, np.ndarray]) -> float:
+    """Largest difference over the outputs, each as a share of its largest value."""
+    return max(_difference(got[k], v) / max(float(np.abs(v).max(initial=0.0)), 1e-30) for k, v in want.items())
 
 
 def _open(item: Artifact, name: str, threads: int) -> Session:
@@ -409,6 +456,16 @@ def _open(item: Artifact, name: str, threads: int) -> Session:
     return runtime.open(item, threads)
 
 
+def _whole(folder: Path) -> tuple[Artifact, dict[str, bool]]:
+    """The artifact and its files, every hash checked."""
+    item = artifacts.load(folder)
+    hashes = item.check()
+    broken = [n for n, same in hashes.items() if not same]
+    if broken:
+        raise PlanishError(f"artifact '{folder}': {listed(broken)} changed since it was written (SHA-256 differs)")
+    return item, hashes
+
+
 def _default_runtime(item: Artifact) -> str:
     """The target's own runtime; for an artifact in another format than the target's usual one, the first that runs it."""
     able = [n for n, kind in plugins.find(f"{__package__}.runtimes", Runtime).items() if item.format in kind.formats]
@@ -419,18 +476,9 @@ def _default_runtime(item: Artifact) -> str:
 
 
 def _fitting(item: Artifact, data: Data) -> Data:
-    """The data's arrays under the artifact's input names, shapes checked."""
-    wanted = {i["name"]: i["shape"] for i in item.inputs}
-    if set(wanted) != set(data.inputs):
-        raise PlanishError(
-            f"data '{data.source}' has the keys {listed(data.inputs, 6)}; the artifact's inputs are {listed(wanted, 6)}"
-        )
-    for name, shape in wanted.items():
-        if list(data.inputs[name].shape[1:]) != shape[1:]:
-            raise PlanishError(
-                f"data '{data.source}': '{name}' has shape {list(data.inputs[name].shape)}; the artifact takes {shape}"
-            )
-    return data
+    """The data in the order and dtypes of the artifact's inputs, checked as for a model."""
+    wanted = [Input(i["name"], (1, *i["shape"][1:]), getattr(torch, i["dtype"])) for i in item.inputs]
+    return check(data, wanted)
 
 
 def _golden_inputs(golden: Mapping[str, np.ndarray], name: str) -> Data:

@@ -19,8 +19,10 @@ def check_output(path: Path, force: bool) -> None:
     """Raise PlanishError now, before any work, if `path` exists without `force` or its parent cannot be written."""
     if path.exists() and not force:
         raise PlanishError(f"output '{path}' exists; choose another path or pass --force to replace it")
-    if path.exists() and force and path.is_dir() and any(path.iterdir()) and not (path / "manifest.json").exists():
-        raise PlanishError(f"output '{path}' is a folder that planish did not write (no manifest.json); not replaced")
+    if path.is_dir() and any(path.iterdir()) and not _ours(path):
+        raise PlanishError(
+            f"output '{path}' is a folder that planish did not write (by its manifest.json); not replaced"
+        )
     parent = path.absolute().parent
     while not parent.exists():
         parent = parent.parent
@@ -28,6 +30,14 @@ def check_output(path: Path, force: bool) -> None:
         raise PlanishError(f"output '{path}' cannot be written: '{parent}' is not a folder")
     if not os.access(parent, os.W_OK):
         raise PlanishError(f"output '{path}' cannot be written: no write permission in '{parent}'")
+
+
+def _ours(folder: Path) -> bool:
+    """Whether the folder's manifest names the planish that wrote it."""
+    try:
+        return "planish" in read_json(folder / "manifest.json")
+    except PlanishError:
+        return False
 
 
 @contextlib.contextmanager

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from ..common.errors import PlanishError, listed
-from .model import Model
+from .model import Input, Model
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,8 @@ class Data:
     def batches(self, model: Model, size: int) -> Iterator[tuple[torch.Tensor, ...]]:
         """Input tensors in the model's order, `size` samples at a time (the model's own batch when that is fixed)."""
         size = size if model.batched else model.inputs[0].shape[0]
+        if not model.batched and self.n < size:
+            raise PlanishError(f"data '{self.source}' has {self.n} samples; '{model.source}' takes {size} at a time")
         for start in range(0, self.n - (0 if model.batched else self.n % size), size):
             yield tuple(
                 torch.from_numpy(np.ascontiguousarray(self.inputs[i.name][start : start + size])).to(i.dtype)
@@ -49,9 +51,12 @@ class Data:
             )
 
 
-def check(data: Data, model: Model) -> Data:
-    """The data with inputs in the model's order. Raises PlanishError for what does not fit the model or is not finite."""
-    wanted = [i.name for i in model.inputs]
+def check(data: Data, inputs: Sequence[Input]) -> Data:
+    """The data in the inputs' order and dtypes. Raises PlanishError for what does not fit them or is not finite.
+
+    Wider floats and integers are taken and converted; floats for integers and the other way round are refused.
+    """
+    wanted = [i.name for i in inputs]
     missing = [n for n in wanted if n not in data.inputs]
     extra = [n for n in data.inputs if n not in wanted]
     if missing or extra:
@@ -64,7 +69,7 @@ def check(data: Data, model: Model) -> Data:
         raise PlanishError(f"data '{data.source}' is empty: 0 samples of '{wanted[0]}'")
     if len(set(counts.values())) > 1:
         raise PlanishError(f"data '{data.source}' has different numbers of samples: {counts}")
-    for item in model.inputs:
+    for item in inputs:
         array = data.inputs[item.name]
         if array.shape[1:] != item.shape[1:]:
             found, accepted = ("n", *array.shape[1:]), ("n", *item.shape[1:])
@@ -78,6 +83,13 @@ def check(data: Data, model: Model) -> Data:
                     "torch.", ""
                 )
             )
+        if wanted_kind == "iu":
+            limits = torch.iinfo(item.dtype)
+            if int(array.min()) < limits.min or int(array.max()) > limits.max:
+                raise PlanishError(
+                    f"data '{data.source}': '{item.name}' has values from {array.min()} to {array.max()}; the model takes "
+                    f"{limits.min} to {limits.max}"
+                )
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             bad = np.argwhere(~np.isfinite(array))
             raise PlanishError(
@@ -85,7 +97,10 @@ def check(data: Data, model: Model) -> Data:
             )
     if data.labels is not None and len(data.labels) != data.n:
         raise PlanishError(f"data '{data.source}': {len(data.labels)} labels for {data.n} samples")
-    return Data({n: data.inputs[n] for n in wanted}, data.labels, data.source)
+    arrays = {
+        i.name: data.inputs[i.name].astype(torch.empty(0, dtype=i.dtype).numpy().dtype, copy=False) for i in inputs
+    }
+    return Data(arrays, data.labels, data.source)
 
 
 def _dims(shape: tuple[object, ...]) -> str:

@@ -68,9 +68,7 @@ class Distill(Pass):
 
     def apply(self, model: Model, context: Context) -> Model:
         """The trained model. Raises PlanishError for a quantized model, too little data, and loss that diverges."""
-        for node in model.graph.graph.nodes:
-            if layers.op(node).startswith("planish."):
-                raise PlanishError(f"distill trains float models; '{model.source}' is quantized at '{node.name}'")
+        layers.refuse_quantized(model, "distill")
         if context.data is None:
             raise PlanishError("distill needs data (--data)")
         if self.hard and context.data.labels is None:

@@ -9,6 +9,8 @@ computed in float64 and rounded once.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.fx import Node
 
@@ -17,6 +19,7 @@ from .model import Entry, Model
 
 aten = torch.ops.aten
 
+PADDED_BY_NAME = (aten.conv1d.padding, aten.conv2d.padding)
 FOLDABLE = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.linear.default)
 IDENTITIES = (
     aten.dropout.default,
@@ -25,18 +28,6 @@ IDENTITIES = (
     aten.contiguous.default,
     aten.alias.default,
 )
-OUT_OF_PLACE = {
-    aten.relu_.default: aten.relu.default,
-    aten.hardtanh_.default: aten.hardtanh.default,
-    aten.relu6_.default: aten.relu6.default,
-    aten.clamp_.default: aten.clamp.default,
-    aten.hardswish_.default: aten.hardswish.default,
-    aten.hardsigmoid_.default: aten.hardsigmoid.default,
-    aten.silu_.default: aten.silu.default,
-    aten.leaky_relu_.default: aten.leaky_relu.default,
-    aten.add_.Tensor: aten.add.Tensor,
-    aten.mul_.Tensor: aten.mul.Tensor,
-}
 
 
 def fold_batch_norm(model: Model) -> Model:
@@ -80,7 +71,7 @@ def fold_batch_norm(model: Model) -> Model:
 
 
 def canonicalize(model: Model) -> Model:
-    """One spelling per meaning: in-place ops out of place, inference no-ops dropped, global averages as one op.
+    """One spelling per meaning: in-place ops out of place, paddings as numbers, no-ops dropped, global averages as one op.
 
     `mean` over the spatial dimensions and an average pool whose window is the whole map become
     adaptive_avg_pool2d(1), which every back end has as an integer op; silu becomes x * sigmoid(x).
@@ -93,8 +84,11 @@ def canonicalize(model: Model) -> Model:
         if node.target in IDENTITIES:
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
-        elif node.target in OUT_OF_PLACE:
-            node.target = OUT_OF_PLACE[node.target]
+        elif (plain := _out_of_place(node)) is not None:
+            _read_after(node, graph)
+            node.target = plain
+        elif node.target in PADDED_BY_NAME:
+            _numeric_padding(node, graph)
         elif node.target is aten.slice.Tensor and _whole(node):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
@@ -117,6 +111,48 @@ def canonicalize(model: Model) -> Model:
             graph.erase_node(node)
     layers.drop_unused(model.graph)
     return model
+
+
+def _out_of_place(node: Node) -> Any:
+    """Relu for relu_, add.Tensor for add_.Tensor, and so on; None for an op that changes nothing in place."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return None
+    name = target._opname
+    if not name.endswith("_") or name.endswith("__") or not hasattr(aten, name[:-1]):
+        return None
+    return getattr(getattr(aten, name[:-1]), target._overloadname, None)
+
+
+def _read_after(node: Node, graph: torch.fx.Graph) -> None:
+    """Let what reads the changed tensor after an in-place op read the op's result instead."""
+    changed, order = node.args[0], {n: i for i, n in enumerate(graph.nodes)}
+    assert isinstance(changed, Node)
+    for reader in list(changed.users):
+        if order[reader] > order[node]:
+            reader.replace_input_with(changed, node)
+
+
+def _numeric_padding(node: Node, graph: torch.fx.Graph) -> None:
+    """padding='valid' or 'same' as numbers; an odd total puts the extra row or column last, as PyTorch does."""
+    plain = aten.conv2d.default if node.target is aten.conv2d.padding else aten.conv1d.default
+    stride, mode, dilation, groups = (layers.argument(node, n) for n in ("stride", "padding", "dilation", "groups"))
+    x, weight, bias = (layers.argument(node, n) for n in ("input", "weight", "bias"))
+    kernel = list(weight.meta["val"].shape[2:])
+    spread = list(dilation) * (len(kernel) if len(dilation) == 1 else 1)
+    totals = [d * (k - 1) if mode == "same" else 0 for d, k in zip(spread, kernel, strict=True)]
+    if any(t % 2 for t in totals):
+        amounts = [a for t in reversed(totals) for a in (t // 2, t - t // 2)]
+        with graph.inserting_before(node):
+            padded = graph.call_function(aten.constant_pad_nd.default, (x, amounts))
+        value = x.meta["val"]
+        padded.meta["val"] = value.new_empty(
+            [*value.shape[:2], *(n + t for n, t in zip(value.shape[2:], totals, strict=True))]
+        )
+        x, totals = padded, [0] * len(totals)
+    node.args = (x, weight, bias, stride, [t // 2 for t in totals], dilation, groups)
+    node.kwargs = {}
+    node.target = plain
 
 
 def _whole(node: Node) -> bool:

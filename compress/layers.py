@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Interpreter, Node
 from torch.utils._pytree import tree_leaves
 
+from ..common.errors import PlanishError
 from .model import Model
 
 STORED_AS = ("_codes", "_scale", "_zero_point")
@@ -90,6 +91,16 @@ def bias_name(node: Node) -> str:
     bias, weight = parameter(argument(node, "bias")), parameter(argument(node, "weight"))
     assert weight is not None
     return bias or (weight.removesuffix("weight") + "bias" if weight.endswith(".weight") else f"{weight}_bias")
+
+
+def refuse_quantized(model: Model, name: str) -> None:
+    """Raise PlanishError when the graph already holds integer codes; `name` is the pass that wants floats."""
+    for node in model.graph.graph.nodes:
+        if op(node).startswith("planish."):
+            raise PlanishError(
+                f"{name} works on float models; '{model.source}' is quantized already (at '{node.name}'): "
+                "put it before the quantizing pass"
+            )
 
 
 def is_constant(node: object) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from .. import pipeline
+from .. import __version__, pipeline
 from ..common import files
 from ..common.errors import Missing
 from ..common.progress import say
@@ -29,7 +29,9 @@ def run(output: Path | None, force: bool) -> dict[str, Any]:
             return {"rows": _rows(Path(scratch))}
     with files.new_folder(output, force) as folder:
         rows = _rows(folder)
-        (folder / "manifest.json").write_text(files.to_json({"format": "demo", "rows": rows}), encoding="utf-8")
+        (folder / "manifest.json").write_text(
+            files.to_json({"planish": __version__, "format": "demo", "rows": rows}), encoding="utf-8"
+        )
     return {"rows": rows, "output": str(output)}
 
 

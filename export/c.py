@@ -35,7 +35,9 @@ class C(Format):
 
     def write(self, source: Source, target: Target, folder: Path) -> Written:
         """Write the project; link firmware.elf when the target is a microcontroller and ziglang is installed."""
-        project = c_project.build(qdq.read(source.onnx), source.name)
+        graph = qdq.read(source.onnx)
+        answers = graph.reference(source.golden_inputs)
+        project = c_project.build(graph, source.name)
         check_budget(project, target)
         _write_sources(project, target, source.golden_inputs, folder)
         facts = _facts(project, source)
@@ -55,7 +57,7 @@ class C(Format):
             ]
             for side in ("inputs", "outputs")
         )
-        return Written(inputs, outputs, flash, ram, details, tuple(warnings))
+        return Written(inputs, outputs, flash, ram, details, tuple(warnings), answers=answers)
 
 
 def sources_of(project: Project) -> list[str]:

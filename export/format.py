@@ -43,7 +43,9 @@ class Written:
     """format-specific facts: memory plan, toolchain, fused layers, schedule, numeric bound"""
     warnings: tuple[str, ...] = ()
     max_error: float = 0.0
-    """largest absolute difference of an output to ONNX Runtime's that the format allows; 0: bit for bit"""
+    """largest absolute difference of an output to the golden answers that the format allows; 0: bit for bit"""
+    answers: Mapping[str, np.ndarray] | None = None
+    """golden answers by output name where the format defines its numbers itself; None: those of ONNX Runtime"""
 
 
 class Format(abc.ABC):

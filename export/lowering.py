@@ -47,6 +47,7 @@ def to_onnx(model: Model) -> onnx.ModelProto:
 
     Raises PlanishError for an op that torch.onnx does not know, naming it.
     """
+    _refuse_partial_ranges(model)
     table = {torch.ops.planish.quantize.default: _quantize, torch.ops.planish.dequantize.default: _dequantize}
     with _quiet():
         try:
@@ -76,6 +77,16 @@ def to_onnx(model: Model) -> onnx.ModelProto:
     graph.name_nodes()
     _strip(proto)
     return proto
+
+
+def _refuse_partial_ranges(model: Model) -> None:
+    """QuantizeLinear saturates at the limits of its type: codes of fewer bits need another lowering than this one."""
+    for node in model.graph.graph.nodes:
+        if node.target is torch.ops.planish.quantize.default:
+            low, high, dtype = node.args[4:7]
+            limits = torch.iinfo(dtype)
+            if (low, high) != (limits.min, limits.max):
+                raise PlanishError(f"'{node.name}' quantizes to {low} .. {high}; ONNX has {limits.min} .. {limits.max}")
 
 
 class _Graph:
@@ -206,6 +217,11 @@ def _strip(proto: onnx.ModelProto) -> None:
     del proto.graph.metadata_props[:]
     del proto.graph.value_info[:]
     proto.graph.doc_string = ""
+    symbols = {d.dim_param for i in proto.graph.input for d in i.type.tensor_type.shape.dim[:1] if d.dim_param}
+    for value in [*proto.graph.input, *proto.graph.output]:
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param in symbols:
+                dim.dim_param = "batch"
     proto.graph.name = "main"
     proto.producer_name = "planish"
     proto.producer_version = ""

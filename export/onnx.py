@@ -17,7 +17,11 @@ from onnx import TensorProto
 from ..targets.target import Target
 from .format import Format, Source, Written
 
-HEAVY = ("Conv", "Gemm", "MatMul", "FusedConv", "FusedGemm", "FusedMatMul")
+HEAVY = (
+    *("Conv", "ConvTranspose", "Gemm", "MatMul", "FusedConv", "FusedGemm", "FusedMatMul"),
+    *("MatMulIntegerToFloat", "DynamicQuantizeMatMul"),
+)
+"""ops that compute in float, or leave a float result: the integers go no further"""
 
 
 class Onnx(Format):
@@ -32,7 +36,7 @@ class Onnx(Format):
         warnings = []
         if quantized:
             warnings += [
-                f"'{n.name}' ({n.op_type}) runs in float: ONNX Runtime did not fuse its quantize/dequantize pairs"
+                f"'{n.name}' ({n.op_type}) gives float results: ONNX Runtime did not fuse its quantize/dequantize pairs"
                 for n in fused.graph.node
                 if n.op_type in HEAVY
             ]

@@ -6,6 +6,8 @@ import shutil
 from pathlib import Path
 
 from ..common.errors import PlanishError
+from ..compress import program_file
+from ..compress.model import from_program, predict
 from ..targets.target import Target
 from .format import Format, Source, Written
 from .onnx import describe
@@ -22,4 +24,11 @@ class Pt2(Format):
             )
         shutil.copyfile(source.program, folder / "model.pt2")
         graph = source.onnx.graph
-        return Written([describe(i) for i in graph.input], [describe(o) for o in graph.output])
+        model = from_program(program_file.load(folder / "model.pt2"), None, source.name)
+        answers = predict(model, source.golden_inputs)
+        names = [o.name for o in graph.output]
+        return Written(
+            [describe(i) for i in graph.input],
+            [describe(o) for o in graph.output],
+            answers=dict(zip(names, answers.values(), strict=True)),
+        )

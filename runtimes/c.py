@@ -35,6 +35,8 @@ class C(Runtime):
 
     def open(self, artifact: Artifact, threads: int) -> CSession:
         """Compile the artifact with $CC, gcc, clang or the ziglang wheel; Missing when there is none."""
+        if threads != 1:
+            raise PlanishError(f"{threads} threads were asked for; the generated C runs in one")
         return CSession(artifact)
 
 

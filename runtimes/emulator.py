@@ -35,6 +35,8 @@ class Emulator(Runtime):
 
     def open(self, artifact: Artifact, threads: int) -> EmulatorSession:
         """Load firmware.elf and start it. Raises Missing for a core that unicorn does not emulate."""
+        if threads != 1:
+            raise PlanishError(f"{threads} threads were asked for; an emulated microcontroller has one core")
         return EmulatorSession(artifact)
 
 

@@ -47,14 +47,14 @@ class OrtSession(Session):
         timing = latency(lambda: self.session.run(None, feeds), runs, warmup)
         path = self.artifact.folder / "model.onnx"
         return Profile(
-            target=self.artifact.target,
+            target="host",
             format=self.artifact.format,
             kind="measured",
             latency_ms=timing,
             peak_memory_bytes=peak_memory(),
             file_bytes=path.stat().st_size,
             layers=_layers(path, feeds, self.threads, self.artifact.manifest.get("macs", {})),
-            environment=machine(self.threads, onnxruntime=ort.__version__),
+            environment=machine(self.threads, artifact_target=self.artifact.target, onnxruntime=ort.__version__),
         )
 
 

@@ -44,11 +44,11 @@ class Pt2Session(Session):
         finally:
             torch.set_num_threads(before)
         return Profile(
-            target=self.artifact.target,
+            target="host",
             format=self.artifact.format,
             kind="measured",
             latency_ms=timing,
             peak_memory_bytes=peak_memory(),
             file_bytes=(self.artifact.folder / "model.pt2").stat().st_size,
-            environment=machine(self.threads, torch=torch.__version__),
+            environment=machine(self.threads, artifact_target=self.artifact.target, torch=torch.__version__),
         )

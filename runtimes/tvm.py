@@ -102,10 +102,10 @@ class _Model(Session):
             Layer(names[i], kinds[i], rows[i].get("macs"), ms, count) for i, (_, count, ms) in enumerate(calls)
         )
 
-    def base(self) -> dict[str, Any]:
-        """Profile fields that do not depend on how it runs."""
+    def base(self, target: str) -> dict[str, Any]:
+        """Profile fields that do not depend on how it runs on `target`."""
         return {
-            "target": self.artifact.target,
+            "target": target,
             "format": self.artifact.format,
             "file_bytes": self.library.stat().st_size,
             "ram_bytes": self.artifact.manifest.get("ram_bytes"),
@@ -155,8 +155,8 @@ class HostSession(_Model):
             peak_memory_bytes=peak,
             macs=sum(layer.macs or 0 for layer in table),
             layers=table,
-            environment=machine(self.threads, tvm=self.tvm.__version__),
-            **self.base(),
+            environment=machine(self.threads, tvm=self.tvm.__version__, artifact_target=self.artifact.target),
+            **self.base("host"),
         )
 
     def _timed_layers(self, sample: list[Any]) -> tuple[Layer, ...]:
@@ -227,5 +227,5 @@ class EmulatedSession(_Model):
             macs=sum(layer.macs or 0 for layer in table),
             layers=table,
             environment=environment,
-            **self.base(),
+            **self.base(self.artifact.target),
         )

@@ -271,6 +271,39 @@ def test_force_replaces_and_only_what_planish_wrote(place, capsys):
     assert (place / "mine" / "thesis.txt").read_text() == "years of work"
 
 
+def test_force_never_replaces_the_model_itself(place, capsys):
+    assert planish(*GOOD) == 0
+    assert planish("export", "small", "-o", "small", "--force") == 1
+    assert "choose another path" in capsys.readouterr().err.splitlines()[-1]
+    assert (place / "small" / "model.pt2").exists()
+
+
+def test_every_format_passes_its_own_verification(place, capsys):
+    """Float and quantized, each on its default runtime; a foreign folder with a manifest is not replaced."""
+    assert planish(*GOOD) == 0
+    for source in (["small"], ["net.py:net", "-w", "net.safetensors", "-d", "data.npz"]):
+        for format in ("onnx", "pt2"):
+            assert planish("export", *source, "-f", format, "-o", "artifact", "--force") == 0
+            assert planish("verify", "artifact") == 0
+    (place / "web").mkdir()
+    (place / "web" / "manifest.json").write_text('{"name": "my page"}')
+    assert planish("export", "small", "-o", "web", "--force") == 1
+    assert (place / "web" / "manifest.json").read_text() == '{"name": "my page"}'
+
+
+def test_data_for_an_artifact_is_checked_like_a_models(place, capsys):
+    assert planish(*GOOD) == 0
+    assert planish("export", "small", "-o", "artifact") == 0
+    x = np.load("data.npz")["input"]
+    np.savez("wide.npz", input=x.astype(np.float64))
+    assert planish("run", "artifact", "-i", "wide.npz", "-o", "y.npz") == 0
+    for bad in (x.astype(np.int32), x[:, :2], np.where(x > 2, np.nan, x)):
+        np.savez("bad.npz", input=bad)
+        assert planish("run", "artifact", "-i", "bad.npz", "-o", "z.npz") == 1
+        assert "bad.npz" in capsys.readouterr().err.splitlines()[-1]
+    assert not (place / "z.npz").exists()
+
+
 def test_a_changed_artifact_is_not_timed(place, capsys):
     assert planish(*GOOD) == 0
     assert planish("export", "small", "-o", "artifact") == 0

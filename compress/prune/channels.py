@@ -57,7 +57,7 @@ class Channels(Pass):
 
     def apply(self, model: Model, context: Context) -> Model:
         """The model with fewer channels. Raises PlanishError for a goal that is out of reach or a quantized model."""
-        refuse_quantized(model, "prune.channels")
+        layers.refuse_quantized(model, "prune.channels")
         if self.criterion == "taylor" and context.data is None:
             raise PlanishError(
                 "prune.channels with criterion 'taylor' needs data (--data); l1, l2 and bn_gain need none"
@@ -163,15 +163,6 @@ def _why_left(name: str, found: Dependencies, protected: dict[int, str]) -> str:
             return "its channels are needed more than those removed"
         return protected[groups[0]]
     return "no channels were followed to it"
-
-
-def refuse_quantized(model: Model, name: str) -> None:
-    """Raise PlanishError when the graph already holds integer codes."""
-    for node in model.graph.graph.nodes:
-        if layers.op(node).startswith("planish."):
-            raise PlanishError(
-                f"{name} works on float models; '{model.source}' is quantized already (at '{node.name}'): put it before the quantizing pass"
-            )
 
 
 def remove(found: Dependencies, removed: set[int]) -> None:

@@ -13,6 +13,9 @@ from typing import Literal
 import torch
 from torch.fx import GraphModule, Interpreter, Node
 
+from ...common.errors import PlanishError
+from .. import layers
+
 BINS = 2048
 
 Observer = Literal["minmax", "percentile", "mse"]
@@ -58,6 +61,8 @@ def collect(module: GraphModule, nodes: list[Node], batches: Batches, histograms
 
     def extremes(node: Node, value: torch.Tensor) -> None:
         small, large = torch.aminmax(value)
+        if not (torch.isfinite(small) and torch.isfinite(large)):
+            raise PlanishError(f"calibration: layer '{layers.layer(node)}' gives NaN or Inf values for finite inputs")
         low[node] = min(low.get(node, float("inf")), float(small))
         high[node] = max(high.get(node, float("-inf")), float(large))
 

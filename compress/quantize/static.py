@@ -13,13 +13,16 @@ that an unknown op makes stays float and is named in the receipt.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
+from math import prod
 from typing import ClassVar
 
 import pydantic
 import torch
 from torch.fx import GraphModule, Node
 
+from ...common.errors import PlanishError, listed
 from ...common.progress import track
 from ...kernels import affine
 from .. import layers
@@ -104,6 +107,8 @@ class Static(Pass):
     def apply(self, model: Model, context: Context) -> Model:
         """Quantize a float model. Needs calibration data; see the module's text for what becomes integer."""
         assert context.data is not None  # the pipeline has checked needs_data
+        layers.refuse_quantized(model, "quantize.static")
+        _refuse_other_floats(model)
         data = context.data.sample(self.samples, context.generator)
 
         def batches() -> list[tuple[torch.Tensor, ...]]:
@@ -112,6 +117,7 @@ class Static(Pass):
         model = fold_batch_norm(canonicalize(model))
         module = model.graph
         plan = _Plan(module, self.skip)
+        _own_biases(module, [n for n in plan.compute if n.target in WEIGHTED])
         entries: list[Entry] = [*plan.left]
         quantized = self._weights(module, plan, entries)
         if self.bias_correction:
@@ -149,13 +155,16 @@ class Static(Pass):
         """Scale and zero point for every activation that the plan quantizes; transported tensors share their source's."""
         steps = list(track(batches(), "calibrating"))
         stats = collect(module, plan.own, lambda: steps, self.observer != "minmax")
-        found = {n: Parameters(n, *_affine(*self._range(n, stats[n]))) for n in plan.own}
+        found = {n: Parameters(n, *self._parameters(n, stats[n])) for n in plan.own}
         for node, source in plan.shared.items():
             found[node] = found[source]
         return found
 
-    def _range(self, node: Node, stats: Statistics) -> tuple[float, float]:
-        return choose(stats, self.observer, self.percentile, LEVELS)
+    def _parameters(self, node: Node, stats: Statistics) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scale and zero point. Probabilities get 1/256 and 0 whatever was seen: a smaller scale overflows runtimes."""
+        if node.target is aten.softmax.int:
+            return torch.tensor(1 / LEVELS), torch.tensor(0, dtype=ACTIVATION_DTYPE)
+        return _affine(*choose(stats, self.observer, self.percentile, LEVELS))
 
 
 @dataclass(frozen=True)
@@ -165,6 +174,32 @@ class Weight:
     original: torch.Tensor
     restored: torch.Tensor
     scale: torch.Tensor
+
+
+def _refuse_other_floats(model: Model) -> None:
+    for name, value in [*model.graph.named_parameters(), *model.graph.named_buffers()]:
+        if value.is_floating_point() and value.dtype is not torch.float32:
+            raise PlanishError(
+                f"quantize.static takes float32 models; '{name}' of '{model.source}' is {value.dtype}".replace(
+                    "torch.", ""
+                )
+            )
+
+
+def _own_biases(module: GraphModule, nodes: list[Node]) -> None:
+    """A bias of its own for every use of a layer that is called twice: correction and scale differ from use to use."""
+    weights = Counter(layers.parameter(n.args[1]) for n in nodes)
+    biases = Counter(layers.bias_name(n) for n in nodes)
+    for node in nodes:
+        name = layers.bias_name(node)
+        if weights[layers.parameter(node.args[1])] < 2 and biases[name] < 2:
+            continue
+        source = layers.argument(node, "bias")
+        weight = node.args[1]
+        assert isinstance(weight, Node)
+        value = layers.read(module, source) if source is not None else torch.zeros(len(layers.read(module, weight)))
+        with module.graph.inserting_before(node):
+            _set_bias(node, layers.add_parameter(module, f"{name}_of_{node.name}", value))
 
 
 class _Plan:
@@ -194,6 +229,10 @@ class _Plan:
                 for source in node.all_input_nodes:
                     self._want(source, wanted)
         self._place(nodes, wanted)
+        for pattern in skip:
+            if not any(matches(layers.layer(n), [pattern]) for n in nodes if _runs_in_integers(n)):
+                names = sorted({layers.layer(n) for n in nodes if _runs_in_integers(n)})
+                raise PlanishError(f"quantize.static: skip '{pattern}' matches no layer; layers: {listed(names, 6)}")
 
     def _want(self, node: Node, wanted: set[Node]) -> None:
         """Ask for integer codes of `node`, and of what it moves, so that the move itself runs on codes."""
@@ -264,7 +303,7 @@ def _only_pads_convolutions(node: Node) -> bool:
     if node.target not in (aten.pad.default, aten.constant_pad_nd.default) or not _exact_transport(node):
         return False
     amounts = list(node.args[1])  # pyright: ignore[reportArgumentType]
-    return not any(amounts[4:]) and all(u.target is aten.conv2d.default for u in node.users)
+    return min(amounts) >= 0 and not any(amounts[4:]) and all(u.target is aten.conv2d.default for u in node.users)
 
 
 def _has_tensor(node: Node) -> bool:
@@ -446,4 +485,6 @@ def _input_scale(node: Node) -> torch.Tensor:
 def _activation_entry(node: Node, p: Parameters, observer: str) -> Entry:
     reason = f"uint8 by {observer}, scale {float(p.scale):.6g}, zero point {int(p.zero_point)}"
     name = node.name if node.op == "placeholder" else f"activation of {layers.layer(node)}"
-    return Entry(name, "quantized", reason, 4 * node.meta["val"][:1].numel(), node.meta["val"][:1].numel())
+    shape = node.meta["val"].shape
+    size = prod(d for d in shape if isinstance(d, int))  # of one sample: a dynamic batch is no number
+    return Entry(name, "quantized", reason, 4 * size, size)

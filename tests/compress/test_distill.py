@@ -199,7 +199,7 @@ def test_bad_input_is_named(trained: Model) -> None:
     flat = trace(Flat(), {"x": torch.zeros(2, 4)}, "flat")
     vectors = Data({"x": np.ones((64, 4), np.float32)}, None, "vectors")
     cases = [
-        (Distill(), codes, vectors, "is quantized at"),
+        (Distill(), codes, vectors, "is quantized already"),
         (Distill(), trained, None, "needs data"),
         (Distill(hard=0.5), flat, vectors, "needs 'labels'"),
         (Distill(flip=True), flat, vectors, "need an input of images"),

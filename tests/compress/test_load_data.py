@@ -138,7 +138,7 @@ def test_data_that_does_not_fit_the_model(
     inputs: dict[str, np.ndarray], labels: np.ndarray | None, words: str, model: Model
 ) -> None:
     with pytest.raises(PlanishError, match=words) as caught:
-        check(Data(inputs, labels, "d.npz"), model)
+        check(Data(inputs, labels, "d.npz"), model.inputs)
     assert "d.npz" in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -149,6 +149,6 @@ def test_different_numbers_of_samples() -> None:
             return a + b
 
     both = trace(Sum(), {"a": torch.zeros(1, 4), "b": torch.zeros(1, 4)}, "net")
-    assert list(check(Data({"b": X, "a": X}, None, "d"), both).inputs) == ["a", "b"]
+    assert list(check(Data({"b": X, "a": X}, None, "d"), both.inputs).inputs) == ["a", "b"]
     with pytest.raises(PlanishError, match="different numbers of samples"):
-        check(Data({"a": X, "b": X[:3]}, None, "d"), both)
+        check(Data({"a": X, "b": X[:3]}, None, "d"), both.inputs)

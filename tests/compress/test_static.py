@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from planish.common.errors import PlanishError
 from planish.compress.data import Data
 from planish.compress.model import trace
 from planish.compress.passes import Context
@@ -59,16 +60,108 @@ def test_moved_tensors_keep_the_codes_of_their_source(quantized):
             assert [str(a.target) for a in source.args[1:3]] == [str(a.target) for a in reader.args[1:3]]
 
 
-def test_bias_correction_restores_the_mean_output(residual, images, context):
-    """With coarse weights (the mean shift shows), the mean output is nearer to the float model's."""
+class Twice(nn.Module):
+    """One layer called on two inputs of very different scale."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+
+    def forward(self, image):
+        return self.conv(image) + self.conv(image * 0 + torch.sigmoid(image))
+
+
+def quantized_by(model, data, **fields):
+    return Static(**fields).apply(model, Context(model, data, target.load("host"), torch.Generator().manual_seed(0)))
+
+
+def test_bias_correction_restores_the_mean_output(images):
+    """All weights a little above a code: rounding shifts every output one way, and correction takes that back."""
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1))
+    with torch.no_grad():
+        for layer in (net[0], net[2]):
+            layer.weight.fill_(0.4 / 127)
+            layer.weight[:, 0, 0, 0] = 1.0
+    model = trace(net, {"input": torch.zeros(1, 3, 16, 16)}, "net")
+    data = Data({"input": images.inputs["image"] + 1}, None, "images")
+    x = torch.from_numpy(data.inputs["input"])
+    with torch.no_grad():
+        want = model(x).mean((0, 2, 3))
+        shifts = [
+            float((quantized_by(model, data, bias_correction=b)(x).mean((0, 2, 3)) - want).abs().mean())
+            for b in (False, True)
+        ]
+    assert shifts[1] < 0.5 * shifts[0]
+
+
+def test_a_layer_used_twice_keeps_both_biases(images):
+    """Each use has its own bias at its own scale: the result is as close as for any other layer, and fuses."""
+    model = trace(trained_net(Twice()), {"image": torch.zeros(1, 3, 16, 16)}, "twice")
+    result = quantized_by(model, images)
+    assert error_db(result, model, images) > 30
+    scales = {n: b for n, b in result.graph.named_buffers() if "bias" in n and n.endswith("_scale")}
+    assert len(scales) == 2
+
+
+def trained_net(net, seed=0):
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for value in net.parameters():
+            value.copy_(torch.randn_like(value) * 0.2)
+    return net.eval()
+
+
+def test_probabilities_have_the_scale_that_runtimes_can_carry(images):
+    """Small probabilities must not shrink the scale of softmax: ONNX Runtime overflows below about 1 / (148 n)."""
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.ReLU(), nn.Flatten(), nn.Linear(392, 10), nn.Softmax(1))
+    with torch.no_grad():
+        net[3].weight *= 0.01
+    model = trace(net, {"input": torch.zeros(1, 3, 16, 16)}, "net")
+    data = Data({"input": images.inputs["image"]}, None, "images")
+    result = quantized_by(model, data)
+    x = data.inputs["input"]
+    from planish.export.lowering import to_onnx
+    from planish.runtimes import ort
+
+    got = ort.run(ort.create(to_onnx(result).SerializeToString(), 1), {"input": x})["output"]
+    with torch.no_grad():
+        want = model(torch.from_numpy(x)).numpy()
+    assert np.abs(got - want).max() < 2 / 256
+
+
+@pytest.mark.parametrize("padding, kernel", [("same", 3), ("same", 4), ("valid", 3)])
+def test_padding_by_name_is_quantized_like_any_other(images, padding, kernel):
+    net = nn.Sequential(nn.Conv2d(3, 8, kernel, padding=padding, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+    model = trace(net, {"input": torch.zeros(1, 3, 16, 16)}, "net")
+    data = Data({"input": images.inputs["image"]}, None, "images")
+    result = quantized_by(model, data)
+    assert not dict(result.graph.named_parameters())
     x = torch.from_numpy(images.inputs["image"])
     with torch.no_grad():
-        want = residual(x).mean(0)
-        shifts = [
-            (Static(bias_correction=b).apply(residual, dataclasses.replace(context, generator=torch.Generator()))(x).mean(0) - want).abs().mean()
-            for b in (False, True)
-        ]  # fmt: skip
-    assert shifts[1] < shifts[0] * 1.05
+        assert float((result(x) - model(x)).norm() / model(x).norm()) < 0.02
+
+
+def test_what_it_cannot_quantize_is_refused_in_one_line(residual, quantized, images):
+    cases = [
+        (quantized, images, {}, "quantized already"),
+        (residual, images, {"skip": ("nothing.*",)}, "matches no layer"),
+        (trace(nn.Conv2d(3, 4, 1).double(), {"input": torch.zeros(1, 3, 4, 4).double()}, "net"), images, {}, "float64"),
+        (trace(Root(), {"image": torch.zeros(1, 3, 16, 16)}, "net"), images, {}, "NaN or Inf"),
+    ]
+    for model, data, fields, message in cases:
+        with pytest.raises(PlanishError, match=message):
+            quantized_by(model, data, **fields)
+
+
+class Root(nn.Module):
+    """NaN for finite inputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 1)
+
+    def forward(self, image):
+        return self.conv(torch.log(image))
 
 
 def test_skipped_and_unknown_layers_stay_float_with_a_reason(images):
