@@ -6,8 +6,8 @@
 This is ONNX Runtime's QLinearSoftmax, and equals it bit for bit, with the one weakness that it rounds 1 / y_scale down: for the usual
 y_scale = 1/256 nothing is lost; for 1/255.5 every probability comes out 0.2 % small. `headroom` only moves
 the exponentials up, to use float32's range: max(0, log(float32_max / n) - 5) / x_scale for n elements.
-Where e * floor(1 / y_scale) would leave float32 (two elements and a y_scale below about 1/300) the runtime's result is wrong;
-here the headroom is smaller then, and the result right. Below a Relu or Clip the runtime computes in float: within 1 code.
+Where e * floor(1 / y_scale) would leave float32 (a y_scale below about 1/(148 n)) the runtime's result is wrong: its largest entries
+become 0; here the headroom is smaller then, and the result right. planish itself quantizes probabilities at 1/256. Below a Relu or Clip the runtime computes in float: within 1 code.
 """
 
 from __future__ import annotations
