@@ -31,7 +31,11 @@ IDENTITIES = (
 
 
 def fold_batch_norm(model: Model) -> Model:
-    """Fold every batch norm that follows a convolution or linear layer of its own; the others stay and work."""
+    """Fold every batch norm that follows a convolution or linear layer of its own.
+
+    Another one on a four-dimensional tensor becomes a depthwise 1x1 convolution, which has an integer kernel everywhere; what is
+    left (on two-dimensional tensors, or with weights that are used twice) stays as it is.
+    """
     model = model.copy()
     graph = model.graph.graph
     entries: list[Entry] = []
@@ -40,7 +44,9 @@ def fold_batch_norm(model: Model) -> Model:
             continue
         producer = norm.args[0]
         if not (isinstance(producer, Node) and producer.target in FOLDABLE and len(producer.users) == 1):
-            continue
+            producer = _as_convolution(model, norm)
+            if producer is None:
+                continue
         _, gain, shift, mean, variance, _training, _momentum, eps, *_ = norm.args
         source, weight_node, bias_node = (layers.argument(producer, n) for n in ("input", "weight", "bias"))
         if not isinstance(weight_node, Node) or len(weight_node.users) != 1:
@@ -61,13 +67,34 @@ def fold_batch_norm(model: Model) -> Model:
             new_bias = layers.add_parameter(model.graph, layers.bias_name(producer), bias.float())
             new_weight = layers.add_parameter(model.graph, str(weight_node.target), folded.float())
         producer.args = (source, new_weight, new_bias, *producer.args[3:])
+        name = layers.layer(norm)
         norm.replace_all_uses_with(producer)
         graph.erase_node(norm)
-        entries.append(
-            Entry(layers.layer(norm), "folded", f"batch norm into {layers.layer(producer)}", 16 * channels, 0)
-        )
+        entries.append(Entry(name, "folded", f"batch norm into {layers.layer(producer)}", 16 * channels, 0))
     layers.drop_unused(model.graph)
     return model.with_receipt(*entries)
+
+
+def _as_convolution(model: Model, norm: Node) -> Node | None:
+    """A depthwise 1x1 convolution of ones in front of a batch norm, for it to fold into; None where that does not work."""
+    source, running = norm.args[0], norm.args[3]
+    value = source.meta.get("val") if isinstance(source, Node) else None
+    if (
+        not isinstance(value, torch.Tensor)
+        or value.ndim != 4
+        or not isinstance(running, Node)
+        or len(running.users) != 1
+    ):
+        return None
+    channels = len(layers.read(model.graph, running))
+    name = str(running.target).rpartition(".")[0] or running.name
+    with model.graph.graph.inserting_before(norm):
+        ones = layers.add_parameter(model.graph, f"{name}.depthwise.weight", torch.ones(channels, 1, 1, 1))
+        convolution = model.graph.graph.call_function(
+            aten.conv2d.default, (source, ones, None, [1, 1], [0, 0], [1, 1], channels)
+        )
+    convolution.meta["val"] = value
+    return convolution
 
 
 def canonicalize(model: Model) -> Model:
