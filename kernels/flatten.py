@@ -31,7 +31,7 @@ class Flatten(Op):
 
     def call(self, node: Node) -> Call:
         """There is none: the output is an alias of the input."""
-        raise NotImplementedError("flatten is an alias")
+        raise AssertionError(f"'{node.name}' is an alias of its input: it has no call")
 
     def alias(self, node: Node) -> bool:
         """Always."""

@@ -33,7 +33,7 @@ class Rescale(Op):
     def call(self, node: Node) -> Call:
         """See Op."""
         if self.alias(node):
-            raise NotImplementedError("an unchanged tensor is an alias")
+            raise AssertionError(f"'{node.name}' is an alias of its input: it has no call")
         return lookup.call(node)
 
     def alias(self, node: Node) -> bool:
