@@ -45,17 +45,15 @@ class Data:
         if not model.batched and self.n < size:
             raise PlanishError(f"data '{self.source}' has {self.n} samples; '{model.source}' takes {size} at a time")
         for start in range(0, self.n - (0 if model.batched else self.n % size), size):
-            yield tuple(
-                torch.from_numpy(np.ascontiguousarray(self.inputs[i.name][start : start + size])).to(i.dtype)
-                for i in model.inputs
-            )
+            yield model.feeds({k: v[start : start + size] for k, v in self.inputs.items()})
 
 
 def check(data: Data, inputs: Sequence[Input]) -> Data:
     """The data in the inputs' order and dtypes. Raises PlanishError for what does not fit them or is not finite.
 
-    Wider floats and integers are taken and converted; floats for integers and the other way round are refused.
+    A state input may be absent: it then starts empty. Wider floats and integers are taken and converted; floats for integers and the other way round are refused.
     """
+    inputs = [i for i in inputs if not i.state or i.name in data.inputs]
     wanted = [i.name for i in inputs]
     missing = [n for n in wanted if n not in data.inputs]
     extra = [n for n in data.inputs if n not in wanted]
@@ -71,8 +69,11 @@ def check(data: Data, inputs: Sequence[Input]) -> Data:
         raise PlanishError(f"data '{data.source}' has different numbers of samples: {counts}")
     for item in inputs:
         array = data.inputs[item.name]
-        if array.shape[1:] != item.shape[1:]:
-            found, accepted = ("n", *array.shape[1:]), ("n", *item.shape[1:])
+        accepted = ("n", *(item.dim(k) or d for k, d in enumerate(item.shape) if k > 0))
+        if len(array.shape) != len(accepted) or any(
+            isinstance(d, int) and d != n for n, d in zip(array.shape[1:], accepted[1:], strict=True)
+        ):
+            found = ("n", *array.shape[1:])
             raise PlanishError(
                 f"data '{data.source}': '{item.name}' has shape {_dims(found)}; the model takes {_dims(accepted)}"
             )

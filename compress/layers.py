@@ -31,7 +31,13 @@ def parameter(node: object) -> str | None:
             for suffix in STORED_AS:
                 name = name.removesuffix(suffix)
             return name
-        if op(node) not in ("planish.dequantize", "aten.detach", "aten.detach_", "aten.lift_fresh_copy"):
+        if op(node) not in (
+            "planish.dequantize",
+            "aten.detach",
+            "aten.detach_",
+            "aten.lift_fresh_copy",
+            "aten._to_copy",
+        ):
             return None
         node = node.args[0]
     return None
@@ -111,6 +117,35 @@ def is_constant(node: object) -> bool:
 def read(graph: GraphModule, node: Node) -> torch.Tensor:
     """The tensor that a get_attr node stands for, detached."""
     return tensor(graph, str(node.target)).detach()
+
+
+def is_parameter(node: object) -> bool:
+    """Whether the node is a floating parameter, also one that is stored in 16 bits and converted where it is read."""
+    return is_constant(node) or (isinstance(node, Node) and op(node) == "aten._to_copy" and is_constant(node.args[0]))
+
+
+def value(graph: GraphModule, node: object) -> torch.Tensor:
+    """The float32 value of a node for which `is_parameter` holds: 16-bit parameters are converted."""
+    assert isinstance(node, Node)
+    source = node if is_constant(node) else node.args[0]
+    assert isinstance(source, Node)
+    return read(graph, source).float()
+
+
+def store(graph: GraphModule, node: Node, index: int, name: str, new: torch.Tensor) -> None:
+    """Let argument `index` of `node` read `new` as the parameter `name`; other readers of the old tensor keep it.
+
+    `name` is made unique when another node still reads a tensor of that name.
+    """
+    old = node.args[index] if index < len(node.args) else None
+    shared = isinstance(old, Node) and (len(old.users) > 1 or (not is_constant(old) and len(old.args[0].users) > 1))  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]
+    if shared:
+        name = f"{name}_of_{node.name}"
+    with graph.graph.inserting_before(node):
+        made = add_parameter(graph, name, new)
+    args = list(node.args) + [None] * (index + 1 - len(node.args))
+    args[index] = made
+    node.args = tuple(args)
 
 
 def add_parameter(graph: GraphModule, name: str, value: torch.Tensor) -> Node:

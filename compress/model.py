@@ -7,7 +7,7 @@ with its parameters attached. The graph needs none of the user's code, can be tr
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +18,9 @@ from torch.utils._pytree import tree_leaves
 
 from ..common.errors import PlanishError, listed
 
+_EXAMPLE = 8
+"""size with which a dynamic dimension besides the batch is traced again"""
+
 
 @dataclass(frozen=True)
 class Input:
@@ -25,8 +28,21 @@ class Input:
 
     name: str
     shape: tuple[int, ...]
-    """of one sample batch; the first dimension is the batch when `Model.batched`"""
+    """of one sample batch; the first dimension is the batch when `Model.batched`; a dynamic dimension has an example's size"""
     dtype: torch.dtype
+    dims: tuple[str | None, ...] = ()
+    """name of each dimension that may have any size, None for a fixed one; () when no dimension besides the batch is dynamic"""
+    state: bool = False
+    """a key/value cache or a recurrent state: optional, and empty (size 0 along its dynamic dimension, else zeros) when absent"""
+
+    def dim(self, index: int) -> str | None:
+        """Name of a dynamic dimension besides the batch, None for a fixed one."""
+        return self.dims[index] if self.dims else None
+
+    def empty(self, batch: int) -> torch.Tensor:
+        """The state before the first step, for `batch` samples."""
+        rest = (0 if self.dim(i) else d for i, d in enumerate(self.shape) if i > 0)
+        return torch.zeros((batch, *rest), dtype=self.dtype)
 
 
 @dataclass(frozen=True)
@@ -46,6 +62,20 @@ class Entry:
 
 
 @dataclass(frozen=True)
+class Text:
+    """How text becomes inputs of a language model."""
+
+    tokenizer: str
+    """content of the tokenizer.json of the `tokenizers` package"""
+    begin: int | None
+    """token that stands before every text, None when there is none"""
+    window: int
+    """largest number of tokens that the model takes at once"""
+    causal: bool
+    """whether output t scores token t + 1, so that perplexity is defined"""
+
+
+@dataclass(frozen=True)
 class Model:
     """A traced model: ATen graph, inputs, and the receipt of what was done to it so far. Passes return a new one."""
 
@@ -57,6 +87,10 @@ class Model:
     source: str
     """what the user named, for messages and the manifest"""
     receipt: tuple[Entry, ...] = ()
+    names: tuple[str, ...] = ()
+    """names of the outputs; () for 'output', or 'output_0', 'output_1', ..."""
+    text: Text | None = None
+    """what turns text into the model's inputs, for a language model; None for every other model"""
 
     def __call__(self, *args: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
         """Outputs for input tensors in the order of `inputs`."""
@@ -76,13 +110,18 @@ class Model:
             torch.zeros((batch, *i.shape[1:]) if self.batched else i.shape, dtype=i.dtype) for i in self.inputs
         )
 
+    def feeds(self, inputs: Mapping[str, np.ndarray]) -> tuple[torch.Tensor, ...]:
+        """Input tensors in the model's order for (n, ...) arrays by name; a state that is absent starts empty."""
+        n = len(next(iter(inputs.values())))
+        return tuple(
+            torch.from_numpy(np.ascontiguousarray(inputs[i.name])).to(i.dtype) if i.name in inputs else i.empty(n)
+            for i in self.inputs
+        )
+
     def program(self) -> torch.export.ExportedProgram:
         """The model as a torch.export program, batch-dynamic when `batched`."""
-        dynamic: Any = None
-        if self.batched:
-            batch = torch.export.Dim("batch", min=1)
-            dynamic = {i.name: {0: batch} for i in self.inputs}
-        return torch.export.export(self.graph, self.example(), dynamic_shapes=dynamic)
+        with torch.no_grad():
+            return torch.export.export(self.graph, self.example(), dynamic_shapes=_dynamic(self.inputs, self.batched))
 
     def parameters(self) -> int:
         """Number of weight elements: floating parameters, and the codes of quantized ones."""
@@ -94,6 +133,18 @@ class Model:
         return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
+def _dynamic(inputs: Sequence[Input], batched: bool) -> Any:
+    """torch.export's description of the dynamic dimensions: the batch, and those that the inputs name."""
+    symbols = {n: torch.export.Dim(n, min=0 if i.state else 1) for i in reversed(inputs) for n in i.dims if n}
+    if batched:
+        symbols["batch"] = torch.export.Dim("batch", min=1)
+    found = []
+    for item in inputs:
+        own = {index: symbols[name] for index, name in enumerate(item.dims) if name}
+        found.append(({0: symbols["batch"]} if batched else {}) | own)
+    return tuple(found) if any(found) else None
+
+
 def weights(graph: torch.fx.GraphModule) -> dict[str, torch.Tensor]:
     """Learned tensors by name: parameters, and after quantization the buffers that hold their codes."""
     found: dict[str, torch.Tensor] = dict(graph.named_parameters())
@@ -101,16 +152,20 @@ def weights(graph: torch.fx.GraphModule) -> dict[str, torch.Tensor]:
     return found
 
 
-def trace(module: torch.nn.Module, inputs: Mapping[str, torch.Tensor], source: str) -> Model:
+def trace(
+    module: torch.nn.Module, inputs: Mapping[str, torch.Tensor], source: str, declared: Sequence[Input] = ()
+) -> Model:
     """Trace a module to a `Model`.
 
     `inputs` are example tensors by argument name, in order; their first dimension is taken as the batch and made
-    dynamic; a model that fixes its batch is traced with the given one. Raises PlanishError for a model that
-    torch.export cannot trace and for outputs that are not tensors.
+    dynamic; a model that fixes its batch is traced with the given one. `declared` describes the same inputs in the same order
+    when some have dynamic dimensions besides the batch (examples of at least two elements there) or are states. Raises
+    PlanishError for a model that torch.export cannot trace and for outputs that are not tensors.
     """
     module = module.eval()
     names = tuple(inputs)
     args = tuple(inputs.values())
+    described = tuple(declared) or tuple(Input(n, tuple(x.shape), x.dtype) for n, x in inputs.items())
     batch = {x.shape[0] for x in args if x.ndim}
     candidates = [False]
     if len(batch) == 1 and all(x.ndim > 0 for x in args):
@@ -118,13 +173,21 @@ def trace(module: torch.nn.Module, inputs: Mapping[str, torch.Tensor], source: s
     failure: Exception | None = None
     for batched in candidates:
         example = tuple(torch.cat([x[:1], x[:1]]) for x in args) if batched else args
-        dynamic = tuple({0: torch.export.Dim("batch", min=1)} for _ in args) if batched else None
         try:
-            program = torch.export.export(module, example, dynamic_shapes=dynamic)
+            with torch.no_grad():
+                program = torch.export.export(module, example, dynamic_shapes=_dynamic(described, batched))
         except Exception as error:  # torch.export raises many unrelated types for a model that it cannot trace
             failure = error
             continue
-        return from_program(program, names, source)
+        model = from_program(program, names, source)
+        if declared:
+            model = replace(
+                model,
+                inputs=tuple(
+                    replace(i, dims=d.dims, state=d.state) for i, d in zip(model.inputs, declared, strict=True)
+                ),
+            )
+        return model
     raise PlanishError(f"'{source}' cannot be traced by torch.export: {_first_line(failure)}")
 
 
@@ -145,8 +208,9 @@ def from_program(program: torch.export.ExportedProgram, names: tuple[str, ...] |
         if not isinstance(value, torch.Tensor):
             raise PlanishError(f"input '{node.name}' of '{source}' is not a tensor")
         dynamic.append(value.ndim > 0 and not isinstance(value.shape[0], int))
-        shape = tuple(d if isinstance(d, int) else 1 for d in value.shape)
-        found.append(Input(names[index] if names else node.name, shape, value.dtype))
+        shape = tuple(d if isinstance(d, int) else 1 if k == 0 else _EXAMPLE for k, d in enumerate(value.shape))
+        named = tuple(None if k == 0 or isinstance(d, int) else str(d) for k, d in enumerate(value.shape))
+        found.append(Input(names[index] if names else node.name, shape, value.dtype, named if any(named) else ()))
     model = Model(_flat(program, [i.name for i in found]), tuple(found), bool(dynamic) and all(dynamic), source)
     return model
 
@@ -171,7 +235,9 @@ def _flat(program: torch.export.ExportedProgram, names: list[str]) -> torch.fx.G
 
 
 def output_names(model: Model) -> tuple[str, ...]:
-    """Names of the outputs: 'output', or 'output_0', 'output_1', ... when there are several."""
+    """Names of the outputs: the model's own, else 'output', or 'output_0', 'output_1', ... when there are several."""
+    if model.names:
+        return model.names
     node = next(n for n in model.graph.graph.nodes if n.op == "output")
     flat = tree_leaves(node.args)
     return ("output",) if len(flat) == 1 else tuple(f"output_{i}" for i in range(len(flat)))
@@ -189,9 +255,7 @@ def predict(model: Model, inputs: Mapping[str, np.ndarray], batch: int = 256) ->
     parts: list[list[torch.Tensor]] = []
     with torch.no_grad():
         for start in range(0, n, size):
-            arrays = [np.ascontiguousarray(inputs[i.name][start : start + size]) for i in model.inputs]
-            tensors = [torch.from_numpy(a).to(i.dtype) for a, i in zip(arrays, model.inputs, strict=True)]
-            parts.append(tree_leaves(model(*tensors)))
+            parts.append(tree_leaves(model(*model.feeds({k: v[start : start + size] for k, v in inputs.items()}))))
     return {name: torch.cat([p[i] for p in parts]).numpy() for i, name in enumerate(output_names(model))}
 
 

@@ -39,7 +39,7 @@ from torch.export.pt2_archive import PT2ArchiveWriter
 from torch.export.pt2_archive._package import load_pt2
 
 from ..common.errors import PlanishError, listed
-from ..kernels import affine
+from ..kernels import affine, fused
 
 _ = affine  # its import defines planish::quantize and planish::dequantize, which programs name
 
@@ -164,6 +164,7 @@ def _json(value: object) -> str:
 
 def read(archive: bytes) -> Contents:
     """Take an archive apart. Raises Refused for anything that is not plainly a graph of known ops with raw tensors."""
+    fused.ops()  # defines the ops that a program may name
     members = _members(archive)
     if members.get("archive_format") != b"pt2" or members["archive_version"] != b"0":
         raise Refused("not a pt2 archive of version 0")

@@ -26,6 +26,7 @@ from onnxscript import opset21
 from ..common.errors import PlanishError
 from ..compress.model import Model, output_names
 from ..kernels import affine
+from . import fused
 
 OPSET = 21
 MOVES = ("Slice", "Pad", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "MaxPool")
@@ -42,13 +43,16 @@ def _dequantize(q, scale, zero_point, axis):
     return opset21.DequantizeLinear(q, scale, zero_point, axis=axis)
 
 
-def to_onnx(model: Model) -> onnx.ModelProto:
-    """The model as ONNX (opset 21), batch-dynamic where the model is; equal models give equal bytes.
+def to_onnx(model: Model, lower: bool = True) -> onnx.ModelProto:
+    """The model as ONNX (opset 21), dynamic in the dimensions in which the model is; equal models give equal bytes.
+
+    Fused low-bit ops become what their files lower them to; with `lower` False they stay nodes of the domain `planish`.
 
     Raises PlanishError for an op that torch.onnx does not know, naming it.
     """
     _refuse_partial_ranges(model)
     table = {torch.ops.planish.quantize.default: _quantize, torch.ops.planish.dequantize.default: _dequantize}
+    table |= fused.translations()
     with _quiet():
         try:
             program = torch.onnx.export(
@@ -75,7 +79,10 @@ def to_onnx(model: Model) -> onnx.ModelProto:
     graph.pads_into_convolutions()
     graph.drop_unused()
     graph.name_nodes()
-    _strip(proto)
+    if lower:
+        fused.lower(proto)
+        _Graph(proto).drop_unused()
+    _strip(proto, model)
     return proto
 
 
@@ -211,17 +218,21 @@ class _Graph:
             node.name = name
 
 
-def _strip(proto: onnx.ModelProto) -> None:
+def _strip(proto: onnx.ModelProto, model: Model) -> None:
     """Remove what says how the file came about: source lines of the user's code, trace metadata, stale shapes."""
     del proto.metadata_props[:]
     del proto.graph.metadata_props[:]
     del proto.graph.value_info[:]
     proto.graph.doc_string = ""
-    symbols = {d.dim_param for i in proto.graph.input for d in i.type.tensor_type.shape.dim[:1] if d.dim_param}
+    symbols: dict[str, str] = {}
+    for value, item in zip(proto.graph.input, model.inputs, strict=True):
+        for index, dim in enumerate(value.type.tensor_type.shape.dim):
+            if dim.dim_param:
+                symbols[dim.dim_param] = "batch" if index == 0 else item.dim(index) or dim.dim_param
     for value in [*proto.graph.input, *proto.graph.output]:
         for dim in value.type.tensor_type.shape.dim:
             if dim.dim_param in symbols:
-                dim.dim_param = "batch"
+                dim.dim_param = symbols[dim.dim_param]
     proto.graph.name = "main"
     proto.producer_name = "planish"
     proto.producer_version = ""

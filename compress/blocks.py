@@ -1,0 +1,209 @@
+"""Block-wise calibration: run the graph one block of the network at a time, see what its layers read, edit it, go on.
+
+A block is one element of the longest numbered list of layers (`layers.0`, `layers.1`, ...): a transformer or Mamba block. Nodes are
+walked in graph order; a node belongs to the block whose tensors were read last. Between two blocks only the values that
+later nodes read are kept, for every calibration batch, so memory is bounded by one block and those activations.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
+
+from ..common.progress import track
+from . import layers
+from .model import Model
+from .moments import Moments
+
+aten = torch.ops.aten
+NUMBERED = re.compile(r"^((?:.*\.)?[A-Za-z_]\w*)\.(\d+)\.")
+Batch = tuple[torch.Tensor, ...]
+Values = dict[Node, Any]
+
+
+@dataclass(frozen=True)
+class Block:
+    """A run of nodes in graph order: everything in front of the first numbered block, one block, or the rest behind the last."""
+
+    name: str
+    """'layers.3', 'before' or 'after'"""
+    nodes: tuple[Node, ...]
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One matrix product with constant weights: y = x W^T + b."""
+
+    name: str
+    """layer name"""
+    node: Node
+    source: Node
+    """the tensor that it reads, (..., in)"""
+    weight: torch.Tensor
+    """(out, in) float32"""
+    bias: torch.Tensor | None
+    """(out,) float32"""
+
+
+Visit = Callable[[Block, "Sequence[Sequence[Linear]]", Mapping[Node, Moments]], None]
+
+
+def linear(module: GraphModule, node: Node) -> Linear | None:
+    """The node as a `Linear`, None when it is none or its weights are no constants (or are codes already)."""
+    if node.target is not aten.linear.default or not layers.is_parameter(node.args[1]):
+        return None
+    source, weight_node = node.args[0], node.args[1]
+    bias_node = node.args[2] if len(node.args) > 2 else None
+    if bias_node is not None and not layers.is_parameter(bias_node):
+        return None
+    assert isinstance(source, Node)
+    bias = None if bias_node is None else layers.value(module, bias_node)
+    return Linear(layers.layer(node), node, source, layers.value(module, weight_node), bias)
+
+
+def groups(module: GraphModule, nodes: Iterable[Node], wanted: Callable[[str], bool]) -> list[list[Linear]]:
+    """The linears among `nodes` whose names are wanted, those that read the same tensor together (q, k and v), in graph order."""
+    found: dict[Node, list[Linear]] = {}
+    for node in nodes:
+        item = linear(module, node) if node.target is aten.linear.default and wanted(layers.layer(node)) else None
+        if item is not None:
+            found.setdefault(item.source, []).append(item)
+    return list(found.values())
+
+
+def split(module: GraphModule) -> list[Block]:
+    """The graph's computing nodes as blocks, in order."""
+    nodes = [n for n in module.graph.nodes if n.op == "call_function"]
+    prefix = _prefix(module)
+    if prefix is None:
+        return [Block("model", tuple(nodes))]
+    pattern = re.compile(re.escape(prefix) + r"\.(\d+)\.")
+
+    def own(node: Node) -> int | None:
+        names = (pattern.match(str(a.target)) for a in node.all_input_nodes if a.op == "get_attr")
+        return max((int(m[1]) for m in names if m), default=None)
+
+    numbers = [own(n) for n in nodes]
+    last = max(i for i, n in enumerate(numbers) if n is not None)
+    places: list[list[Node]] = [[]]
+    labels = ["before"]
+    current = -1
+    for index, (node, number) in enumerate(zip(nodes, numbers, strict=True)):
+        if number is not None and number > current:
+            current = number
+            places.append([])
+            labels.append(f"{prefix}.{number}")
+        elif index > last and labels[-1] != "after" and _reads_constant(node):
+            places.append([])
+            labels.append("after")
+        places[-1].append(node)
+    return [Block(label, tuple(p)) for label, p in zip(labels, places, strict=True) if p]
+
+
+def _prefix(module: GraphModule) -> str | None:
+    """The list of layers that holds the most weights."""
+    sizes: Counter[str] = Counter()
+    for name in {str(n.target) for n in module.graph.nodes if n.op == "get_attr" and n.users}:
+        match = NUMBERED.match(name)
+        if match:
+            sizes[match[1]] += layers.tensor(module, name).numel()
+    return sizes.most_common(1)[0][0] if sizes else None
+
+
+def _reads_constant(node: Node) -> bool:
+    return any(a.op == "get_attr" for a in node.all_input_nodes)
+
+
+class Run:
+    """Calibration batches at one place of the graph: the values that nodes behind that place still read."""
+
+    def __init__(self, module: GraphModule, batches: Iterable[Batch]) -> None:
+        self.module = module
+        inputs = [n for n in module.graph.nodes if n.op == "placeholder"]
+        self.states: list[Values] = [dict(zip(inputs, b, strict=True)) for b in batches]
+
+    def see(self, block: Block, show: Callable[[Node, torch.Tensor], None]) -> None:
+        """Run a block on all batches and call `show(node, value)` for every tensor that is read or made; the place stays."""
+        for state in self.states:
+            self._execute(block.nodes, dict(state), show)
+
+    def advance(self, block: Block) -> None:
+        """Run a block on all batches, as it is now, and go behind it."""
+        ahead = self._needed_behind(block)
+        for index, state in enumerate(self.states):
+            values = self._execute(block.nodes, dict(state), None)
+            self.states[index] = {n: v for n, v in values.items() if n in ahead}
+
+    def _needed_behind(self, block: Block) -> set[Node]:
+        """Values that a node behind the block reads."""
+        inside, behind, needed = set(block.nodes), False, set[Node]()
+        for node in self.module.graph.nodes:
+            if node in inside:
+                behind = True
+            elif behind:
+                needed.update(node.all_input_nodes)
+        return needed
+
+    def _execute(
+        self, nodes: Sequence[Node], values: Values, show: Callable[[Node, torch.Tensor], None] | None
+    ) -> Values:
+        def read(node: Node) -> Any:
+            if node.op == "get_attr":
+                return layers.tensor(self.module, str(node.target))
+            return values[node]
+
+        shown: set[Node] = set()
+        with torch.inference_mode():
+            for node in nodes:
+                args, kwargs = map_arg((node.args, node.kwargs), read)
+                assert callable(node.target)
+                values[node] = node.target(*args, **kwargs)
+                if show is not None:
+                    for item in (*node.all_input_nodes, node):
+                        if item not in shown and item.op != "get_attr" and isinstance(values[item], torch.Tensor):
+                            shown.add(item)
+                            show(item, values[item])
+        return values
+
+
+def calibrate(
+    model: Model,
+    batches: Iterable[Batch],
+    wanted: Callable[[str], bool],
+    visit: Visit,
+    *,
+    products: bool = False,
+    what: str = "calibrating",
+) -> None:
+    """Go through the blocks in order: collect `Moments` of what each wanted linear reads, let `visit` edit the block, run it again.
+
+    Later blocks see what the edited earlier ones give them. `visit(block, groups, moments by source node)` changes
+    the graph of `model` in place. Without batches (an empty iterable) the moments are empty and nothing is run.
+    """
+    module = model.graph
+    run = Run(module, batches)
+    count = len(split(module))
+    for index in track(range(count), what):
+        block = split(module)[index]
+        members = groups(module, block.nodes, wanted)
+        moments: dict[Node, Moments] = {}
+        if run.states and members:
+            readers = {g[0].source: g[0] for g in members}
+
+            def show(node: Node, value: torch.Tensor, readers: dict[Node, Linear] = readers, moments: dict[Node, Moments] = moments) -> None:  # fmt: skip
+                if node in readers:
+                    found = moments.setdefault(node, Moments(value.shape[-1], products))
+                    found.add(value, readers[node].name)
+
+            run.see(block, show)
+        if members:
+            visit(block, members, moments)
+        if run.states:
+            run.advance(split(module)[index])

@@ -1,0 +1,151 @@
+"""`Linears`: the base of the methods that replace linear layers by a fused low-bit op, block by block.
+
+A method says what becomes of one group of linears that read the same tensor (q, k and v); this file walks the blocks, collects what
+the method asks for, edits the graph, and writes the receipt.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import pydantic
+import torch
+from torch.fx import GraphModule, Node
+
+from ...common.errors import PlanishError, listed
+from .. import layers
+from ..blocks import Block, Linear, calibrate
+from ..model import Entry, Model
+from ..moments import Moments
+from ..passes import Context, Pass, matches
+
+HEAD = ("lm_head", "*.lm_head")
+"""the output projection of a language model, which the papers' methods leave in float"""
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """What one linear becomes: planish::<op>(x, tensors..., attributes..., bias)."""
+
+    op: str
+    """name of the fused op"""
+    tensors: Mapping[str, torch.Tensor]
+    """by the schema's argument name, x and bias not among them; stored as buffers `<layer>.weight_<argument>`"""
+    attributes: Mapping[str, Any]
+    reason: str
+    """method and format, for the receipt"""
+    restored: torch.Tensor | None = None
+    """(out, in) what the stored weight stands for, for the error in the receipt; None where there is no single matrix"""
+    bias: torch.Tensor | None = None
+    """(out,) replaces the layer's bias where given (a correction)"""
+    skipped: str | None = None
+    """why the layer is left in float; then nothing else is used"""
+
+
+def left(reason: str) -> Replacement:
+    """A layer that the method leaves in float."""
+    return Replacement("", {}, {}, "", skipped=reason)
+
+
+class Linears(Pass):
+    """A method on linear layers. Fields that every such method has."""
+
+    calibrates: ClassVar[bool] = False
+    """whether `group` uses the moments of the layer's input"""
+    products: ClassVar[bool] = False
+    """whether it uses their second moments (the Hessian)"""
+
+    layers: tuple[str, ...] = ("*",)
+    """layers that are quantized: globs of layer names"""
+    skip: tuple[str, ...] = HEAD
+    """layers left in float: globs of layer names"""
+    samples: int = pydantic.Field(default=128, ge=1)
+    """calibration samples, drawn from the data by the recipe's seed"""
+
+    @abc.abstractmethod
+    def group(
+        self, members: Sequence[Linear], moments: Moments | None, generator: torch.Generator
+    ) -> list[Replacement]:
+        """What becomes of the linears that read one tensor. `moments` are None for a method that does not calibrate."""
+
+    def wants(self, name: str) -> bool:
+        """Whether a layer name is chosen by `layers` and not by `skip`."""
+        return matches(name, self.layers) and not matches(name, self.skip)
+
+    def apply(self, model: Model, context: Context) -> Model:
+        """Replace the chosen linears. Raises PlanishError when none is chosen and for weights that are not finite."""
+        method = type(self).__module__.rpartition(".")[2]
+        check_patterns(model, method, (*self.layers, *(s for s in self.skip if s not in HEAD)))
+        model = model.copy()
+        entries: list[Entry] = []
+        batches: list[tuple[torch.Tensor, ...]] = []
+        if self.calibrates:
+            assert context.data is not None  # the pipeline has checked needs_data
+            batches = list(context.data.sample(self.samples, context.generator).batches(model, 8))
+
+        def visit(block: Block, members: Sequence[Sequence[Linear]], moments: Mapping[Node, Moments]) -> None:
+            for group in members:
+                for item in group:
+                    check_weight(item)
+                made = self.group(group, moments.get(group[0].source), context.generator)
+                for item, replacement in zip(group, made, strict=True):
+                    entries.append(replace(model.graph, item, replacement))
+
+        calibrate(model, batches, self.wants, visit, products=self.products, what=f"quantize.{method}")
+        layers.drop_unused(model.graph)
+        return model.with_receipt(*entries)
+
+
+def check_weight(item: Linear) -> None:
+    """Raise PlanishError for a weight with NaN or Inf."""
+    if not torch.isfinite(item.weight).all():
+        bad = (~torch.isfinite(item.weight)).nonzero()
+        raise PlanishError(
+            f"layer '{item.name}': its weight has {len(bad)} NaN or Inf values, the first at {tuple(bad[0].tolist())}"
+        )
+
+
+def check_patterns(model: Model, method: str, patterns: Sequence[str]) -> None:
+    """Raise PlanishError for a glob that matches no linear layer, listing what there is."""
+    nodes = [n for n in model.graph.graph.nodes if layers.op(n) in ("aten.linear", "aten.conv1d") or layers.op(n).startswith("planish.linear")]  # fmt: skip
+    names = [layers.layer(n) for n in nodes]
+    for pattern in patterns:
+        if not any(matches(n, [pattern]) for n in names):
+            raise PlanishError(
+                f"quantize.{method}: '{pattern}' matches no linear layer; layers: {listed(names, 6) or 'none'}"
+            )
+
+
+def replace(module: GraphModule, item: Linear, replacement: Replacement) -> Entry:
+    """Put the fused op in the linear's place; returns the line of the receipt."""
+    weight = item.name + ".weight"
+    before = item.weight.numel() * 4
+    if replacement.skipped is not None:
+        return Entry(weight, "left", replacement.skipped, before, before)
+    graph, node = module.graph, item.node
+    schema = getattr(torch.ops.planish, replacement.op).default._schema
+    after = 0
+    with graph.inserting_before(node):
+        given: dict[str, Any] = {schema.arguments[0].name: item.source, **replacement.attributes}
+        for name, value in replacement.tensors.items():
+            given[name] = layers.add_buffer(module, f"{weight}_{name}", value)
+            after += value.numel() * value.element_size()
+        if replacement.bias is not None:
+            given["bias"] = layers.add_parameter(module, f"{item.name}.bias", replacement.bias)
+        elif len(node.args) > 2:
+            given["bias"] = node.args[2]
+        unknown = set(given) - {a.name for a in schema.arguments}
+        assert not unknown, f"{schema.name} has no {unknown}"
+        args = tuple(given.get(a.name, a.default_value) for a in schema.arguments)
+        made = graph.call_function(getattr(torch.ops.planish, replacement.op).default, args)
+    made.meta["val"] = node.meta.get("val")
+    node.replace_all_uses_with(made)
+    graph.erase_node(node)
+    error = None
+    if replacement.restored is not None:
+        norm = float(item.weight.norm())
+        error = float((replacement.restored - item.weight).norm()) / norm if norm else 0.0
+    return Entry(weight, "quantized", replacement.reason, before, after, error)
