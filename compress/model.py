@@ -100,6 +100,11 @@ class Model:
         """The same model with parameters and graph of its own, so that a pass may change them."""
         return replace(self, graph=copy.deepcopy(self.graph))
 
+    def editable(self) -> Model:
+        """The same model with a graph of its own that shares its tensors: for passes that replace tensors and never write into them."""
+        tensors = [*self.graph.parameters(), *self.graph.buffers()]
+        return replace(self, graph=copy.deepcopy(self.graph, {id(t): t for t in tensors}))
+
     def with_receipt(self, *entries: Entry) -> Model:
         """The same model with more lines in its receipt."""
         return replace(self, receipt=self.receipt + entries)

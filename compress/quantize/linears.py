@@ -79,7 +79,7 @@ class Linears(Pass):
         """Replace the chosen linears. Raises PlanishError when none is chosen and for weights that are not finite."""
         method = type(self).__module__.rpartition(".")[2]
         check_patterns(model, method, (*self.layers, *(s for s in self.skip if s not in HEAD)))
-        model = model.copy()
+        model = model.editable()
         entries: list[Entry] = []
         batches: list[tuple[torch.Tensor, ...]] = []
         if self.calibrates:
