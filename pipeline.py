@@ -31,7 +31,7 @@ from .export import artifact as artifacts
 from .export import cost
 from .export.artifact import Artifact
 from .export.format import Format, Source, Written
-from .export.lowering import to_onnx
+from .export.lowering import lowered, to_onnx
 from .runtimes import measure, ort
 from .runtimes.session import Profile, Runtime, Session
 from .targets import target as targets
@@ -349,12 +349,19 @@ def _source(
         golden = {k.removeprefix("input."): v for k, v in item.golden.items() if k.startswith("input.")}
         origin = {k: item.manifest[k] for k in ("model", "recipe", "original", "compressed", "accuracy", "receipt")}
         origin["golden"] = {k: v for k, v in item.golden.items() if not k.startswith("input.")}
-        return Source(to_onnx(item.model), golden, name, path / compressed_model.PROGRAM), origin
+        return _graphs(item.model, golden, name, path / compressed_model.PROGRAM), origin
     model = loading.load(spec, weights, inputs, data)
     samples = check(data, model.inputs) if data else None
     program = scratch / "model.pt2"
     program_file.save(model.program(), program)
-    return Source(to_onnx(model), _samples(model, samples), name, program), {"model": spec}
+    return _graphs(model, _samples(model, samples), name, program), {"model": spec}
+
+
+def _graphs(model: Model, golden: Mapping[str, np.ndarray], name: str, program: Path) -> Source:
+    """The model as ONNX, with its fused ops lowered and, where it has any, as they are."""
+    graph = to_onnx(model, lower=False)
+    made = lowered(graph)
+    return Source(made, golden, name, program, graph if made is not graph else None)
 
 
 def _read_onnx(path: Path) -> onnx.ModelProto:

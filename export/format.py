@@ -26,6 +26,8 @@ class Source:
     """used for generated identifiers and file names: letters, digits, underscore"""
     program: Path | None = None
     """the compressed model's .pt2, when the source is one"""
+    fused: onnx.ModelProto | None = None
+    """`onnx` before its fused low-bit ops were lowered: one node of the domain planish each; None where there is none"""
 
 
 @dataclass(frozen=True)

@@ -39,10 +39,15 @@ def overload(name: str) -> torch._ops.OpOverload:
     return getattr(torch.ops.planish, name).default
 
 
+def used(proto: onnx.ModelProto) -> bool:
+    """Whether a graph has planish nodes."""
+    return any(n.domain == DOMAIN for n in proto.graph.node)
+
+
 def lower(proto: onnx.ModelProto) -> None:
     """Replace every planish node, in place, by the nodes that its op's file writes."""
     graph = proto.graph
-    if not any(n.domain == DOMAIN for n in graph.node):
+    if not used(proto):
         return
     constants = {i.name: numpy_helper.to_array(i) for i in graph.initializer}
     builder = Builder(graph, constants, taken={v for n in graph.node for v in [*n.input, *n.output]} | set(constants))

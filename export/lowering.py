@@ -79,11 +79,19 @@ def to_onnx(model: Model, lower: bool = True) -> onnx.ModelProto:
     graph.pads_into_convolutions()
     graph.drop_unused()
     graph.name_nodes()
-    if lower:
-        fused.lower(proto)
-        _Graph(proto).drop_unused()
     _strip(proto, model)
-    return proto
+    return lowered(proto) if lower else proto
+
+
+def lowered(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """A graph of `to_onnx(model, lower=False)` in ops that ONNX Runtime has; one without fused ops is returned as it is."""
+    if not fused.used(proto):
+        return proto
+    made = onnx.ModelProto()
+    made.CopyFrom(proto)
+    fused.lower(made)
+    _Graph(made).drop_unused()
+    return made
 
 
 def _refuse_partial_ranges(model: Model) -> None:
