@@ -227,7 +227,9 @@ class _Run:
         inputs = tuple(x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x for x in inputs)
         with torch.autocast("cpu", torch.bfloat16, enabled=self.half):
             outputs = model(*inputs)
-        found = [o.float() for o in ((outputs,) if isinstance(outputs, Tensor) else outputs)]
+        listed = (outputs,) if isinstance(outputs, Tensor) else outputs
+        states = sum(i.state for i in model.inputs)  # carried on, they stand behind the answers and are no scores
+        found = [o.float() for o in listed[: len(listed) - states]]
         if self.config.loss == "soft" and self.probabilities[who]:
             found = [o.clamp_min(1e-12).log() for o in found]
         return found

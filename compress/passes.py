@@ -38,6 +38,10 @@ class Pass(pydantic.BaseModel, abc.ABC):
     trains: ClassVar[bool] = False
     """whether the data is used for training, so that accuracy must be measured on samples held out"""
 
+    def untrained(self) -> bool:
+        """Whether the model that `apply` returns computes something else than the one given until it is trained."""
+        return False
+
     @abc.abstractmethod
     def apply(self, model: Model, context: Context) -> Model:
         """The compressed model; the one given is not changed. Same inputs and generator state, same result."""

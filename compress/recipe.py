@@ -200,10 +200,22 @@ class _Parser:
         return self.fault(node, f"{where}: {message[:1].lower()}{message[1:]}{found if place else ''}{accepted}")
 
     def check_order(self, passes: tuple[tuple[str, Pass], ...], nodes: list[yaml.Node]) -> None:
-        """Pruning and training come before quantization: they would change weights that are codes already."""
-        quantized = ""
+        """Pruning and training come before quantization: they would change weights that are codes already.
+
+        A rewrite that changes what the network computes is trained before it is quantized.
+        """
+        quantized = untrained = ""
         for (name, config), node in zip(passes, nodes, strict=True):
+            if config.untrained():
+                untrained = name
+            elif config.trains:
+                untrained = ""
             if name.startswith("quantize."):
+                if untrained:
+                    raise self.fault(
+                        node,
+                        f"'{untrained}' changes what the network computes; it is trained (distill) before '{name}'",
+                    )
                 quantized = quantized or name
             elif quantized and (name.startswith("prune.") or config.trains):
                 raise self.fault(

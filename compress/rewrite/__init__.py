@@ -1,0 +1,1 @@
+"""Passes that change what a network computes, for training or fine-tuning afterwards."""
