@@ -32,8 +32,12 @@ class Moments:
     """(channels,) float64, sum of x"""
     second: torch.Tensor | None = field(init=False, default=None)
     """(channels, channels) float32, sum of x^T x, summed in float64 per batch; None unless `products`"""
-    powers: torch.Tensor = field(init=False)
-    """(2,) float64, sums of x^2 and x^4 over all elements"""
+    square: torch.Tensor = field(init=False)
+    """(channels,) float64, sum of x^2"""
+    magnitude: torch.Tensor = field(init=False)
+    """(channels,) float64, sum of |x|"""
+    fourth: float = field(init=False, default=0.0)
+    """sum of x^4 over all elements"""
     kept: torch.Tensor = field(init=False)
     """(at most keep, channels) rows spread evenly over what was seen"""
 
@@ -41,7 +45,8 @@ class Moments:
         self.low = torch.full((self.channels,), float("inf"))
         self.high = torch.full((self.channels,), float("-inf"))
         self.first = torch.zeros(self.channels, dtype=torch.float64)
-        self.powers = torch.zeros(2, dtype=torch.float64)
+        self.square = torch.zeros(self.channels, dtype=torch.float64)
+        self.magnitude = torch.zeros(self.channels, dtype=torch.float64)
         self.kept = torch.empty(0, self.channels)
         self._stride = 1
         self._next = 0
@@ -58,7 +63,9 @@ class Moments:
         wide = x.double()
         self.first += wide.sum(0)
         square = wide * wide
-        self.powers += torch.stack([square.sum(), (square * square).sum()])
+        self.square += square.sum(0)
+        self.magnitude += x.abs().sum(0, dtype=torch.float64)
+        self.fourth += float(square.square_().sum())
         if self.second is not None:
             self.second += (wide.T @ wide).float()
         self._keep(x)
@@ -85,11 +92,21 @@ class Moments:
         return (self.first / max(1, self.rows)).float()
 
     @property
+    def mean_square(self) -> torch.Tensor:
+        """(channels,) E[x^2]."""
+        return (self.square / max(1, self.rows)).float()
+
+    @property
+    def mean_magnitude(self) -> torch.Tensor:
+        """(channels,) E[|x|]."""
+        return (self.magnitude / max(1, self.rows)).float()
+
+    @property
     def kurtosis(self) -> float:
         """E[x^4] / E[x^2]^2 over all elements: 3 for a normal distribution, large with outliers."""
         count = max(1, self.rows * self.channels)
-        square, fourth = (self.powers / count).tolist()
-        return fourth / square**2 if square > 0 else 0.0
+        square = float(self.square.sum()) / count
+        return self.fourth / count / square**2 if square > 0 else 0.0
 
     def outliers(self, threshold: float) -> torch.Tensor:
         """Indices of the channels in which some |x| >= threshold (Dettmers et al. 2022, section 3.2)."""

@@ -7,6 +7,7 @@ the method asks for, edits the graph, and writes the receipt.
 from __future__ import annotations
 
 import abc
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -17,7 +18,7 @@ from torch.fx import GraphModule, Node
 
 from ...common.errors import PlanishError, listed
 from .. import layers
-from ..blocks import Block, Linear, calibrate
+from ..blocks import Block, Linear, calibrate, linear
 from ..model import Entry, Model
 from ..moments import Moments
 from ..passes import Context, Pass, matches
@@ -54,7 +55,7 @@ class Linears(Pass):
     """A method on linear layers. Fields that every such method has."""
 
     calibrates: ClassVar[bool] = False
-    """whether `group` uses the moments of the layer's input"""
+    """whether `replacements` uses the moments of the layer's input"""
     products: ClassVar[bool] = False
     """whether it uses their second moments (the Hessian)"""
 
@@ -66,14 +67,24 @@ class Linears(Pass):
     """calibration samples, drawn from the data by the recipe's seed"""
 
     @abc.abstractmethod
-    def group(
+    def replacements(
         self, members: Sequence[Linear], moments: Moments | None, generator: torch.Generator
     ) -> list[Replacement]:
         """What becomes of the linears that read one tensor. `moments` are None for a method that does not calibrate."""
 
+    def reads_data(self) -> bool:
+        """Whether this configuration of the method calibrates."""
+        return self.calibrates
+
     def wants(self, name: str) -> bool:
         """Whether a layer name is chosen by `layers` and not by `skip`."""
         return matches(name, self.layers) and not matches(name, self.skip)
+
+    def _skipped(self, model: Model) -> list[Entry]:
+        """Lines of the receipt for linears that `skip` names."""
+        found = (linear(model.graph, n) for n in model.graph.graph.nodes)
+        items = [i for i in found if i is not None and matches(i.name, self.layers) and matches(i.name, self.skip)]
+        return [Entry(f"{i.name}.weight", "left", "skipped", i.weight.numel() * 4, i.weight.numel() * 4) for i in items]
 
     def apply(self, model: Model, context: Context) -> Model:
         """Replace the chosen linears. Raises PlanishError when none is chosen and for weights that are not finite."""
@@ -82,18 +93,20 @@ class Linears(Pass):
         model = model.editable()
         entries: list[Entry] = []
         batches: list[tuple[torch.Tensor, ...]] = []
-        if self.calibrates:
-            assert context.data is not None  # the pipeline has checked needs_data
+        if self.reads_data():
+            if context.data is None:
+                raise PlanishError(f"quantize.{method} as configured calibrates on data; none was given")
             batches = list(context.data.sample(self.samples, context.generator).batches(model, 8))
 
         def visit(block: Block, members: Sequence[Sequence[Linear]], moments: Mapping[Node, Moments]) -> None:
             for group in members:
                 for item in group:
                     check_weight(item)
-                made = self.group(group, moments.get(group[0].source), context.generator)
+                made = self.replacements(group, moments.get(group[0].source), context.generator)
                 for item, replacement in zip(group, made, strict=True):
                     entries.append(replace(model.graph, item, replacement))
 
+        entries += self._skipped(model)
         calibrate(model, batches, self.wants, visit, products=self.products, what=f"quantize.{method}")
         layers.drop_unused(model.graph)
         return model.with_receipt(*entries)
@@ -141,6 +154,8 @@ def replace(module: GraphModule, item: Linear, replacement: Replacement) -> Entr
         assert not unknown, f"{schema.name} has no {unknown}"
         args = tuple(given.get(a.name, a.default_value) for a in schema.arguments)
         made = graph.call_function(getattr(torch.ops.planish, replacement.op).default, args)
+        if len(schema.returns) > 1:  # the layer's output is the first
+            made = graph.call_function(operator.getitem, (made, 0))
     made.meta["val"] = node.meta.get("val")
     node.replace_all_uses_with(made)
     graph.erase_node(node)
