@@ -30,7 +30,7 @@ def inject(
     model: Model, channels: int = 4, low: float = 20, high: float = 60, seed: int = 0
 ) -> tuple[Model, dict[str, list[int]]]:
     """The same function with outliers, and the chosen channels by the name of the gain."""
-    model = model.copy()
+    model = model.editable()
     generator = torch.Generator().manual_seed(seed)
     module = model.graph
     chosen: dict[str, list[int]] = {}

@@ -9,13 +9,13 @@ own fake-quantized modules compute it; wall time of `oneshot` alone, and how far
 
 import json
 import math
-import resource
 import sys
 import time
 
 import numpy as np
 import torch
 from datasets import Dataset
+from peer_layers import Peak
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -30,7 +30,13 @@ def recipe(method):
         return {
             "group_0": {
                 "targets": ["Linear"],
-                "weights": {"num_bits": bits, "type": "int", "symmetric": True, "strategy": "group", "group_size": group},
+                "weights": {
+                    "num_bits": bits,
+                    "type": "int",
+                    "symmetric": True,
+                    "strategy": "group",
+                    "group_size": group,
+                },
             }
         }
 
@@ -56,17 +62,24 @@ def main():
     rows = np.load(calibration)
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=f"{folder}/tokenizer.json", pad_token="\n")
     data = Dataset.from_dict({"input_ids": rows.tolist(), "attention_mask": np.ones_like(rows).tolist()})
-    before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
-    oneshot(model=model, tokenizer=tokenizer, dataset=data, recipe=recipe(method), max_seq_length=rows.shape[1], num_calibration_samples=len(rows))
+    peak, started = Peak(), time.perf_counter()
+    oneshot(
+        model=model,
+        tokenizer=tokenizer,
+        dataset=data,
+        recipe=recipe(method),
+        max_seq_length=rows.shape[1],
+        num_calibration_samples=len(rows),
+    )
     seconds = time.perf_counter() - started
-    rose = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    rose = peak.rose()
     total, count = 0.0, 0
     with torch.no_grad():
         for ids in torch.from_numpy(np.load(evaluation)).split(8):
             scores = model(input_ids=ids).logits[:, :-1].float()
             total += F.cross_entropy(scores.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").item()
             count += ids[:, 1:].numel()
-    result = {"perplexity": math.exp(total / count), "seconds": seconds, "peak_bytes": rose * 1024, "version": llmcompressor.__version__}  # fmt: skip
+    result = {"perplexity": math.exp(total / count), "seconds": seconds, "peak_bytes": rose, "version": llmcompressor.__version__}  # fmt: skip
     print("\n" + json.dumps(result))
 
 
