@@ -79,6 +79,12 @@ def compress(
         _keep_source(model, output)
     device = targets.load(target)
     plan = recipes.load(recipe or device.recipe)
+    foreign = [name for name, step in plan.passes if device.format not in step.formats]
+    if foreign:
+        raise PlanishError(
+            f"recipe '{plan.name}': {listed(foreign)} leaves ops that format '{device.format}' of target '{target}' cannot run; "
+            f"its default recipe is '{device.recipe}'"
+        )
     needy = [name for name, step in plan.passes if step.needs_data]
     if needy and data is None:
         raise PlanishError(f"recipe '{plan.name}' needs data for {listed(needy)}; give --data")

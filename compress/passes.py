@@ -42,6 +42,9 @@ class Pass(pydantic.BaseModel, abc.ABC):
         """Whether the model that `apply` returns computes something else than the one given until it is trained."""
         return False
 
+    formats: ClassVar[tuple[str, ...]] = ("c", "onnx", "pt2", "tvm")
+    """export formats that can run what the pass leaves behind"""
+
     @abc.abstractmethod
     def apply(self, model: Model, context: Context) -> Model:
         """The compressed model; the one given is not changed. Same inputs and generator state, same result."""

@@ -59,6 +59,8 @@ class Linears(Pass):
     products: ClassVar[bool] = False
     """whether it uses their second moments (the Hessian)"""
 
+    formats: ClassVar[tuple[str, ...]] = ("onnx", "pt2", "tvm")
+
     layers: tuple[str, ...] = ("*",)
     """layers that are quantized: globs of layer names"""
     skip: tuple[str, ...] = HEAD
