@@ -501,3 +501,35 @@ class Bench:
 @pytest.fixture(scope="session")
 def bench() -> Bench:
     return Bench()
+
+
+@pytest.fixture(scope="session")
+def lowered() -> Callable[..., Any]:
+    """lowered(op, tensors, attributes) -> the ONNX model of one fused op on x (..., in), without tracing a module for it."""
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+    from planish.export.lowering import OPSET
+    from planish.kernels import fused
+
+    def build(name: str, tensors: dict[str, Any], attributes: dict[str, Any], rank: int = 3) -> onnx.ModelProto:
+        op = fused.ops()[name]
+        arrays = {f"fc.weight_{k}": np.asarray(v) for k, v in tensors.items() if v is not None}
+        shape = [f"d{i}" for i in range(rank)]
+        values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, shape) for n in ("x", "y")]
+        graph = helper.make_graph(
+            [], name, values[:1], values[1:], [numpy_helper.from_array(v, n) for n, v in arrays.items()]
+        )
+        builder = fused.Builder(graph, dict(arrays), taken={"x", "y", *arrays})
+        given = {"x": "x"} | {k: f"fc.weight_{k}" for k, v in tensors.items() if v is not None}
+        (y,) = op.lower(fused.Call("fc", given, attributes), builder)
+        graph.node.extend(builder.nodes)
+        graph.node.append(helper.make_node("Identity", [y], ["y"]))
+        used = {i for n in graph.node for i in n.input}
+        for unused in [i for i in graph.initializer if i.name not in used]:
+            graph.initializer.remove(unused)
+        opsets = [helper.make_opsetid(d, 1 if d else OPSET) for d in op.domains]
+        model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+        onnx.checker.check_model(model)
+        return model
+
+    return build
