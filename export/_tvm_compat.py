@@ -23,7 +23,7 @@ def load() -> Any:
     try:
         import tvm
         from tvm import relax, s_tir, te, tirx, topi
-        from tvm.relax.frontend.onnx import from_onnx
+        from tvm.relax.frontend.onnx import onnx_frontend
     except ImportError as error:
         raise missing_extra("apache-tvm", "tvm", "the TVM format and runtime") from error
     if not tvm.__version__.startswith(TESTED):
@@ -35,7 +35,7 @@ def load() -> Any:
         te=te,
         tirx=tirx,
         topi=topi,
-        from_onnx=from_onnx,
+        onnx_frontend=onnx_frontend,
         Schedule=s_tir.Schedule,
         ScheduleError=s_tir.ScheduleError,
         PrimFunc=tirx.PrimFunc,

@@ -9,8 +9,11 @@ Whether the bound holds is known from the weights, checked for every layer and r
 
 from __future__ import annotations
 
+import contextlib
+import io
 import math
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -19,9 +22,15 @@ import onnx
 from onnx import helper, numpy_helper
 
 from ..common.errors import PlanishError, listed
+from ..kernels import fused as fused_ops
 from ..kernels import integer
-from . import _tvm_compat
+from ..kernels.tvm import lowering
+from ..kernels.tvm.lowering import VectorUnit
+from . import _tvm_compat, fused
 
+DOMAINS = ("", "ai.onnx", fused.DOMAIN)
+BASELINE = VectorUnit(4, 16)
+"""SSE, for which kernels of fused ops are laid out where nothing is said"""
 EXACT = 2**24
 """whole numbers below it are exact in float32 (24 bit significand)"""
 MOVES = ("MaxPool", "Reshape", "Flatten", "Transpose", "Slice", "Squeeze", "Unsqueeze", "Identity", "Gather")
@@ -78,45 +87,89 @@ class Imported:
     module: Any
     layout: str
     """of the tensors between convolutions, for the manifest"""
+    packed: list[tuple[str, np.ndarray]]
+    """(layer, constant that its fused op reads)"""
 
 
-def fix_batch(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The model with batch 1 in place of a symbolic first dimension; PlanishError for another symbolic dimension."""
+def fix_batch(model: onnx.ModelProto, samples: Mapping[str, np.ndarray] | None = None) -> onnx.ModelProto:
+    """The model with batch 1 in place of a symbolic first dimension, and other symbolic dimensions as large as in `samples`.
+
+    `samples` are (n, ...) arrays by input name. An input that they lack is a state that starts empty: it becomes a constant of
+    zeros (of size 0 where it grows). Raises PlanishError for a symbolic dimension whose size no sample tells.
+    """
     fixed = onnx.ModelProto()
     fixed.CopyFrom(model)
+    sizes = _sizes(model, samples or {})
     constants = {t.name for t in fixed.graph.initializer}
+    empty: list[onnx.ValueInfoProto] = []
     for value in fixed.graph.input:
         if value.name in constants:
             continue
+        absent = bool(samples) and value.name not in (samples or {})
         for index, dim in enumerate(value.type.tensor_type.shape.dim):
             if dim.HasField("dim_value") and dim.dim_value > 0:
                 continue
-            if index > 0:
+            size = 1 if index == 0 else sizes.get(dim.dim_param, 0 if absent else None)
+            if size is None:
                 raise PlanishError(
-                    f"input '{value.name}' has a dynamic dimension {index} ('{dim.dim_param or '?'}'); "
-                    "the tvm format compiles for fixed shapes, only the batch (dimension 0) may be dynamic"
+                    f"input '{value.name}' has a dynamic dimension {index} ('{dim.dim_param or '?'}'); the tvm format "
+                    "compiles for fixed shapes: give samples of the size to compile for"
                 )
             dim.Clear()
-            dim.dim_value = 1
+            dim.dim_value = size
+        if absent:
+            empty.append(value)
+    for value in empty:
+        _start_empty(fixed.graph, value)
     del fixed.graph.value_info[:]
     for value in fixed.graph.output:  # inferred again below, now with numbers
         value.type.tensor_type.ClearField("shape")
     return onnx.shape_inference.infer_shapes(fixed, strict_mode=False, data_prop=True)
 
 
-def to_relax(model: onnx.ModelProto) -> Imported:
-    """A Relax module for a float model with fixed shapes, convolutions channels last. PlanishError names a node of an unknown op."""
+def _sizes(model: onnx.ModelProto, samples: Mapping[str, np.ndarray]) -> dict[str, int]:
+    """Size of each symbolic dimension besides the batch that the samples tell."""
+    return {
+        dim.dim_param: samples[value.name].shape[index]
+        for value in model.graph.input
+        if value.name in samples
+        for index, dim in enumerate(value.type.tensor_type.shape.dim)
+        if index and dim.dim_param
+    }
+
+
+def _start_empty(graph: onnx.GraphProto, value: onnx.ValueInfoProto) -> None:
+    """Replace an input by a constant of zeros; one without elements is left out where it is concatenated."""
+    kind = value.type.tensor_type
+    shape = [d.dim_value for d in kind.shape.dim]
+    graph.input.remove(value)
+    graph.initializer.append(
+        numpy_helper.from_array(np.zeros(shape, helper.tensor_dtype_to_np_dtype(kind.elem_type)), value.name)
+    )
+    if 0 in shape:
+        for node in graph.node:
+            if node.op_type == "Concat" and len(node.input) > 1:
+                node.input[:] = [n for n in node.input if n != value.name]
+
+
+def to_relax(model: onnx.ModelProto, unit: VectorUnit = BASELINE) -> Imported:
+    """A Relax module for a model with fixed shapes, convolutions channels last; kernels of fused ops are laid out for `unit`.
+
+    PlanishError names a node of an unknown op.
+    """
     ir = _tvm_compat.load()
-    known = _known_ops()
+    known, kernels = _known_ops(), lowering.lowerings()
+    fused_ops.ops()  # their schemas
     for node in model.graph.node:
-        if node.op_type not in known or node.domain not in ("", "ai.onnx"):
+        if node.op_type not in (kernels if node.domain == fused.DOMAIN else known) or node.domain not in DOMAINS:
             name = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
             raise PlanishError(
                 f"node '{node.name or node.output[0]}': the tvm format does not know the op '{name}'; "
-                f"it knows {', '.join(sorted(known | {'QuantizeLinear', 'DequantizeLinear'}))}"
+                f"it knows {', '.join(sorted(known | {'QuantizeLinear', 'DequantizeLinear'} | set(kernels)))}"
             )
+    packed: list[tuple[str, np.ndarray]] = []
     try:
-        module = ir.from_onnx(model, keep_params_in_input=False)
+        module = _imported(model, kernels, unit, packed)
     except (ValueError, TypeError, KeyError, NotImplementedError, AssertionError, RuntimeError) as error:
         text = str(error).strip().splitlines() or [type(error).__name__]
         raise PlanishError(f"TVM cannot import this graph: {text[-1][:300]}") from error
@@ -141,7 +194,39 @@ def to_relax(model: onnx.ModelProto) -> Imported:
         transform.FuseTIR(),
         transform.DeadCodeElimination(),
     ]
-    return Imported(ir.tvm.transform.Sequential(passes)(module), layout)
+    return Imported(ir.tvm.transform.Sequential(passes)(module), layout, packed)
+
+
+def _imported(
+    model: onnx.ModelProto,
+    kernels: Mapping[str, lowering.Lowering],
+    unit: VectorUnit,
+    packed: list[tuple[str, np.ndarray]],
+) -> Any:
+    """TVM's own importer, with nodes of the domain `planish` given to their lowerings; their constants are added to `packed`."""
+    ir = _tvm_compat.load()
+    nodes = {n.name: n for n in model.graph.node if n.domain == fused.DOMAIN}
+
+    class Importer(ir.onnx_frontend.ONNXGraphImporter):
+        def _check_for_unsupported_ops(self, graph: onnx.GraphProto) -> None:
+            """Done before, with a message of ours."""
+
+        def _convert_operator(self, op_name: str, inputs: list[Any], attrs: dict[str, Any], opset: int) -> Any:
+            if op_name not in kernels:
+                return super()._convert_operator(op_name, inputs, attrs, opset)
+            call = fused.call(nodes[attrs["tvm_custom"]["name"]])
+            tensors = {name: self._nodes[value] for name, value in call.tensors.items()}
+            use = lowering.Use(op_name, call.name, tensors, call.attributes, unit, ir, self.bb)
+            outputs = list(kernels[op_name].lower(use))
+            packed.extend((call.name, a) for a in use.constants)
+            return outputs[0] if len(outputs) == 1 else ir.relax.Tuple(outputs)
+
+    versions = {o.domain: o.version for o in model.opset_import}
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter(
+            "ignore"
+        )  # it says that names were made identifiers, and prints what it could not convert
+        return Importer({}, "float32").from_onnx(model.graph, versions.get("", versions.get("ai.onnx", 1)))
 
 
 def _simplify(module: Any) -> Any:
@@ -206,9 +291,7 @@ def _simplify(module: Any) -> Any:
 
 
 def _known_ops() -> set[str]:
-    from tvm.relax.frontend.onnx import onnx_frontend
-
-    return set(onnx_frontend._get_convert_map()) - {"QuantizeLinear", "DequantizeLinear"}
+    return set(_tvm_compat.load().onnx_frontend._get_convert_map()) - {"QuantizeLinear", "DequantizeLinear"}
 
 
 def _round_half_even(builder: Any, call: Any) -> Any:

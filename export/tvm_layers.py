@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,17 +16,21 @@ PRODUCTS = ("Conv", "Gemm", "MatMul")
 """ops with a weight tensor as their second input"""
 
 
-def called(module: Any, model: onnx.ModelProto) -> list[tuple[str, str | None]]:
+def called(
+    module: Any, model: onnx.ModelProto, packed: Sequence[tuple[str, np.ndarray]] = ()
+) -> list[tuple[str, str | None]]:
     """[(kernel, name of the layer)] of `main` in the order of the calls; None for a kernel that reads no layer's weights.
 
-    `model` is the ONNX graph that became `module`, whose weights must still be constants. Layers with equal weights are
-    told apart by their order.
+    `model` is the ONNX graph that became `module`, whose weights must still be constants; `packed` names the constants of fused
+    ops. Layers with equal weights are told apart by their order.
     """
     initializers = {t.name: t for t in model.graph.initializer}
     layers: dict[tuple[int, int], list[str]] = defaultdict(list)
     for node in model.graph.node:
         if node.op_type in PRODUCTS and node.input[1] in initializers:
             layers[_fingerprint(numpy_helper.to_array(initializers[node.input[1]]))].append(node.name or node.output[0])
+    for layer, values in packed:
+        layers[_fingerprint(values)].append(layer)
     found: list[tuple[str, str | None]] = []
     for kernel, operands in kernel_calls(module["main"]):
         named = [layers[key] for a in operands if is_constant(a) and (key := _fingerprint(a.value.numpy())) in layers]

@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from ..kernels.tvm import lowering
+from ..kernels.tvm.lowering import VectorUnit
 from ..targets.target import Target
 from . import _tvm_compat
 
@@ -24,20 +26,6 @@ MOST_ROWS = 4
 """rows in a tile: more would read as many image rows at once, each from another place"""
 UNROLLED_PRODUCTS = 448
 """multiply-adds in one unrolled loop body: more than this outgrows the instruction cache and only costs compile time"""
-
-
-@dataclass(frozen=True)
-class VectorUnit:
-    """What the template must know of a core."""
-
-    lanes: int
-    """float32 values in one vector register"""
-    registers: int
-
-    @property
-    def accumulators(self) -> int:
-        """Vector registers that may hold sums: a quarter stays free for weights, a broadcast input and the epilogue."""
-        return self.registers * 3 // 4
 
 
 @dataclass(frozen=True)
@@ -93,8 +81,8 @@ class Scheduled:
     """None for a kernel without a single sum"""
     tiling: Tiling | None
     """None when the template was not applied"""
-    origin: Literal["record", "default", "vectorized", "none"]
-    """tuned record, the template's default tiling, plain vectorization, or TVM's own loops as they are"""
+    origin: Literal["record", "default", "vectorized", "kernel", "none"]
+    """tuned record, the template's default tiling, plain vectorization, a kernel of kernels/tvm, or TVM's own loops as they are"""
     reason: str = ""
     """for `none`: why the template does not apply"""
 
@@ -122,6 +110,8 @@ def vector_unit(target: Target) -> VectorUnit:
 def schedule(function: Any, unit: VectorUnit, records: dict[str, Tiling]) -> Scheduled:
     """The kernel with the best known loop order: the record of its workload, else the default tiling, else vectors."""
     ir = _tvm_compat.load()
+    if lowering.OP in function.attrs:
+        return Scheduled(function, None, None, "kernel")
     work = workload(function)
     if work is None and _sums(ir.Schedule(function)):
         return Scheduled(function, None, None, "none", "several sums, as in a softmax")
