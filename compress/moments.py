@@ -31,7 +31,7 @@ class Moments:
     first: torch.Tensor = field(init=False)
     """(channels,) float64, sum of x"""
     second: torch.Tensor | None = field(init=False, default=None)
-    """(channels, channels) float32, sum of x^T x, summed in float64 per batch; None unless `products`"""
+    """(channels, channels) float32, sum of x^T x; None unless `products`"""
     square: torch.Tensor = field(init=False)
     """(channels,) float64, sum of x^2"""
     magnitude: torch.Tensor = field(init=False)
@@ -67,7 +67,7 @@ class Moments:
         self.magnitude += x.abs().sum(0, dtype=torch.float64)
         self.fourth += float(square.square_().sum())
         if self.second is not None:
-            self.second += (wide.T @ wide).float()
+            self.second.addmm_(x.T, x)
         self._keep(x)
         self.rows += len(x)
 

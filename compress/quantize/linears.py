@@ -24,7 +24,7 @@ from ..moments import Moments
 from ..passes import Context, Pass, matches
 
 HEAD = ("lm_head", "*.lm_head")
-"""the output projection of a language model, which the papers' methods leave in float"""
+"""the output projection of a language model, which the papers' methods leave in float; named so or not, when it is tied to the embedding"""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Linears(Pass):
     layers: tuple[str, ...] = ("*",)
     """layers that are quantized: globs of layer names"""
     skip: tuple[str, ...] = HEAD
-    """layers left in float: globs of layer names"""
+    """layers left in float: globs of layer names; with lm_head among them an output projection that shares the embedding's table"""
     samples: int = pydantic.Field(default=128, ge=1)
     """calibration samples, drawn from the data by the recipe's seed"""
 
@@ -82,11 +82,17 @@ class Linears(Pass):
         """Whether a layer name is chosen by `layers` and not by `skip`."""
         return matches(name, self.layers) and not matches(name, self.skip)
 
-    def _skipped(self, model: Model) -> list[Entry]:
+    def _left(self, model: Model, tied: set[str]) -> list[Entry]:
         """Lines of the receipt for linears that `skip` names."""
-        found = (linear(model.graph, n) for n in model.graph.graph.nodes)
-        items = [i for i in found if i is not None and matches(i.name, self.layers) and matches(i.name, self.skip)]
-        return [Entry(f"{i.name}.weight", "left", "skipped", i.weight.numel() * 4, i.weight.numel() * 4) for i in items]
+        found = []
+        for node in model.graph.graph.nodes:
+            name = layers.layer(node) if node.target is torch.ops.aten.linear.default else ""
+            if name and matches(name, self.layers) and (matches(name, self.skip) or name in tied):
+                item = linear(model.graph, node)
+                size = 0 if item is None else item.weight.numel() * 4
+                reason = "skipped: the output projection is tied to the embedding" if name in tied else "skipped"
+                found += [Entry(f"{name}.weight", "left", reason, size, size)] if size else []
+        return found
 
     def apply(self, model: Model, context: Context) -> Model:
         """Replace the chosen linears. Raises PlanishError when none is chosen and for weights that are not finite."""
@@ -108,10 +114,26 @@ class Linears(Pass):
                 for item, replacement in zip(group, made, strict=True):
                     entries.append(replace(model.graph, item, replacement))
 
-        entries += self._skipped(model)
-        calibrate(model, batches, self.wants, visit, products=self.products, what=f"quantize.{method}")
+        tied = tied_heads(model) if matches(HEAD[0], self.skip) else set()
+        entries += self._left(model, tied)
+        calibrate(
+            model,
+            batches,
+            lambda name: self.wants(name) and name not in tied,
+            visit,
+            products=self.products,
+            what=f"quantize.{method}",
+        )
         layers.drop_unused(model.graph)
         return model.with_receipt(*entries)
+
+
+def tied_heads(model: Model) -> set[str]:
+    """Names of linears that read the table of an embedding: an output projection is then the same tensor."""
+    nodes = [n for n in model.graph.graph.nodes if n.op == "call_function"]
+    tables = {layers.parameter(n.args[0]) for n in nodes if n.target is torch.ops.aten.embedding.default}
+    heads = [n for n in nodes if n.target is torch.ops.aten.linear.default and layers.parameter(n.args[1]) in tables]
+    return {layers.layer(n) for n in heads}
 
 
 def check_weight(item: Linear) -> None:
