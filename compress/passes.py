@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import abc
 import fnmatch
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import pydantic
 import torch
 
@@ -26,6 +27,8 @@ class Context:
     """calibration and training samples; None when the user gave none"""
     target: Target
     generator: torch.Generator
+    time: Callable[[Model, Mapping[str, np.ndarray]], float] | None = None
+    """milliseconds of a small model on inputs (n, ...) by name, as exported for and run on this machine; None where nothing measures"""
 
 
 class Pass(pydantic.BaseModel, abc.ABC):
