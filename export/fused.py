@@ -6,7 +6,8 @@ The graph in between, with one node an op, is what the TVM importer reads (`lowe
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import onnx
@@ -14,6 +15,7 @@ import torch
 from onnx import defs, helper, numpy_helper
 from onnxscript import values
 
+from ..common.errors import listed
 from ..kernels import fused
 from ..kernels.fused import Builder, Call
 
@@ -44,11 +46,14 @@ def used(proto: onnx.ModelProto) -> bool:
     return any(n.domain == DOMAIN for n in proto.graph.node)
 
 
-def lower(proto: onnx.ModelProto) -> None:
-    """Replace every planish node, in place, by the nodes that its op's file writes."""
+def lower(proto: onnx.ModelProto) -> tuple[str, ...]:
+    """Replace every planish node, in place, by the nodes that its op's file writes.
+
+    Returns what the user should know of them before anything is written: layers that will be slower than in float, and bytes lost.
+    """
     graph = proto.graph
     if not used(proto):
-        return
+        return ()
     constants = {i.name: numpy_helper.to_array(i) for i in graph.initializer}
     builder = Builder(graph, constants, taken={v for n in graph.node for v in [*n.input, *n.output]} | set(constants))
     known = fused.ops()
@@ -59,8 +64,11 @@ def lower(proto: onnx.ModelProto) -> None:
         if node.domain != DOMAIN:
             builder.nodes.append(node)
             continue
-        op = known[node.op_type]
-        renamed |= dict(zip(node.output, op.lower(call(node), builder), strict=True))
+        op, use = known[node.op_type], call(node)
+        renamed |= dict(zip(node.output, op.lower(use, builder), strict=True))
+        reason = op.slow(use)
+        if reason is not None:
+            builder.note(use.name, f"slower than in float: {reason}")
         domains |= set(op.domains)
     nodes = [n for n in builder.nodes]
     _restore_outputs(graph, nodes, renamed)
@@ -69,6 +77,15 @@ def lower(proto: onnx.ModelProto) -> None:
     versions = {o.domain: o.version for o in proto.opset_import if o.domain != DOMAIN}
     del proto.opset_import[:]
     proto.opset_import.extend(helper.make_opsetid(d, versions.get(d, 1)) for d in sorted(domains - {DOMAIN}))
+    return together(builder.notes)
+
+
+def together(notes: Sequence[tuple[str, str]]) -> tuple[str, ...]:
+    """One line for each text, with the layers that it is about."""
+    layers: dict[str, list[str]] = defaultdict(list)
+    for layer, text in notes:
+        layers[text].append(layer)
+    return tuple(f"{listed(names)}: {text}" for text, names in layers.items())
 
 
 def call(node: onnx.NodeProto) -> Call:

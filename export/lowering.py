@@ -26,7 +26,7 @@ from onnxscript import opset21
 from ..common.errors import PlanishError
 from ..compress.model import Model, output_names
 from ..kernels import affine
-from . import fused
+from . import fused, metadata
 
 OPSET = 21
 MOVES = ("Slice", "Pad", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "MaxPool")
@@ -46,7 +46,8 @@ def _dequantize(q, scale, zero_point, axis):
 def to_onnx(model: Model, lower: bool = True) -> onnx.ModelProto:
     """The model as ONNX (opset 21), dynamic in the dimensions in which the model is; equal models give equal bytes.
 
-    Fused low-bit ops become what their files lower them to; with `lower` False they stay nodes of the domain `planish`.
+    Fused low-bit ops become what their files lower them to; with `lower` False they stay nodes of the domain `planish`. The file's
+    metadata (metadata.py) names the inputs that are states and carries what the lowering had to say.
 
     Raises PlanishError for an op that torch.onnx does not know, naming it.
     """
@@ -80,6 +81,7 @@ def to_onnx(model: Model, lower: bool = True) -> onnx.ModelProto:
     graph.drop_unused()
     graph.name_nodes()
     _strip(proto, model)
+    metadata.put(proto, metadata.STATES, [i.name for i in model.inputs if i.state])
     return lowered(proto) if lower else proto
 
 
@@ -89,8 +91,9 @@ def lowered(proto: onnx.ModelProto) -> onnx.ModelProto:
         return proto
     made = onnx.ModelProto()
     made.CopyFrom(proto)
-    fused.lower(made)
+    notes = fused.lower(made)
     _Graph(made).drop_unused()
+    metadata.put(made, metadata.NOTES, notes)
     return made
 
 

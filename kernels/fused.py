@@ -63,6 +63,12 @@ class Builder:
     nodes: list[onnx.NodeProto] = field(default_factory=list)
     """what was added, in order"""
     taken: set[str] = field(default_factory=set)
+    notes: list[tuple[str, str]] = field(default_factory=list)
+    """(layer, what the user should know of its ONNX form before it is written: more bytes, less speed)"""
+
+    def note(self, layer: str, text: str) -> None:
+        """Say something about a layer; layers with the same text are reported together."""
+        self.notes.append((layer, text))
 
     def constant(self, name: str, value: np.ndarray | onnx.TensorProto) -> str:
         """A new initializer; `name` is made unique. A TensorProto serves types that numpy lacks (4 bits, float8)."""

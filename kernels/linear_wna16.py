@@ -9,10 +9,14 @@ float32 where the method places it between codes (HQQ); when it is absent it is 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 
-from . import packing
-from .fused import linear_output, register
+from . import matmul_nbits, packing
+from .fused import Builder, Call, Fused, linear_output, register
+from .matmul_nbits import Weight
 
 
 def dequantize(
@@ -42,3 +46,24 @@ register(
     linear_wna16,
     lambda x, codes, scale, zero_point, bias, bits, group: linear_output(x, codes.shape[0]),
 )
+
+
+class LinearWna16(Fused):
+    """One MatMulNBits; matmul_nbits.py says how each width and group is written. Its accuracy level is chosen by export/accuracy.py."""
+
+    domains = ("", matmul_nbits.DOMAIN)
+
+    def lower(self, call: Call, graph: Builder) -> Sequence[str]:
+        """Equal to the reference within float32 rounding at accuracy level 0."""
+        bits, group = call.attributes["bits"], call.attributes["group"]
+        codes = packing.unpack(torch.from_numpy(graph.value(call.tensors["codes"]).copy()), bits, group).numpy()
+        zero, rest = None, None
+        if "zero_point" in call.tensors:
+            zero = graph.value(call.tensors["zero_point"])
+            if zero.dtype != np.uint8:
+                whole = np.clip(np.rint(zero), 0, (1 << bits) - 1).astype(np.uint8)
+                zero, rest = whole, zero - whole.astype(np.float32)
+        weight = Weight(bits, codes, graph.value(call.tensors["scale"]), zero)
+        return [
+            matmul_nbits.write(graph, call.name, call.tensors["x"], weight, call.tensors.get("bias"), zero_rest=rest)
+        ]

@@ -7,14 +7,16 @@ import statistics
 import tempfile
 from collections import defaultdict
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
-from ..common.errors import PlanishError
 from ..export.artifact import Artifact
+from ..export.ort_session import create, feeds, run
 from .measure import latency, machine, peak_memory
 from .session import Arrays, Layer, Profile, Runtime, Session
+
+__all__ = ["Ort", "OrtSession", "create", "run"]
 
 
 class Ort(Runtime):
@@ -43,8 +45,8 @@ class OrtSession(Session):
         """Latency of the session, then a shorter run with ONNX Runtime's own profiler for the per-layer table."""
         import onnxruntime as ort
 
-        feeds = dict(inputs)
-        timing = latency(lambda: self.session.run(None, feeds), runs, warmup)
+        given = feeds(self.session, inputs)
+        timing = latency(lambda: self.session.run(None, given), runs, warmup)
         path = self.artifact.folder / "model.onnx"
         return Profile(
             target="host",
@@ -53,52 +55,19 @@ class OrtSession(Session):
             latency_ms=timing,
             peak_memory_bytes=peak_memory(),
             file_bytes=path.stat().st_size,
-            layers=_layers(path, feeds, self.threads, self.artifact.manifest.get("macs", {})),
+            layers=_layers(path, given, self.threads, self.artifact.manifest.get("macs", {})),
             environment=machine(self.threads, artifact_target=self.artifact.target, onnxruntime=ort.__version__),
         )
 
 
-def create(model: Path | bytes, threads: int, **settings: Any) -> Any:
-    """An onnxruntime.InferenceSession with a fixed thread count; PlanishError when the file cannot be loaded."""
-    import onnxruntime as ort
-
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 4
-    for name, value in settings.items():
-        setattr(options, name, value)
-    try:
-        return ort.InferenceSession(
-            str(model) if isinstance(model, Path) else model, options, providers=["CPUExecutionProvider"]
-        )
-    except Exception as error:  # onnxruntime raises bare RuntimeError subclasses of its own for every fault
-        name = f"'{model}'" if isinstance(model, Path) else "the model"
-        raise PlanishError(f"ONNX Runtime cannot load {name}: {str(error).splitlines()[0][:300]}") from error
-
-
-def run(session: Any, inputs: Arrays, batch: int = 256) -> dict[str, np.ndarray]:
-    """Outputs of an InferenceSession for (n, ...) inputs, at most `batch` samples at a time (1 for a fixed batch of 1)."""
-    first = session.get_inputs()[0]
-    if first.shape and isinstance(first.shape[0], int):
-        batch = max(1, first.shape[0])
-    names = [o.name for o in session.get_outputs()]
-    n = len(next(iter(inputs.values())))
-    parts = [
-        session.run(names, {k: np.ascontiguousarray(v[i : i + batch]) for k, v in inputs.items()})
-        for i in range(0, n, batch)
-    ]
-    return {name: np.concatenate([p[i] for p in parts]) for i, name in enumerate(names)}
-
-
-def _layers(path: Path, feeds: Arrays, threads: int, macs: dict[str, int]) -> tuple[Layer, ...]:
+def _layers(path: Path, given: Arrays, threads: int, macs: dict[str, int]) -> tuple[Layer, ...]:
     """Median milliseconds of every node over 20 profiled runs, in the order in which they ran."""
     times: dict[str, list[float]] = defaultdict(list)
     ops: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as scratch:
         session = create(path, threads, enable_profiling=True, profile_file_prefix=str(Path(scratch) / "p"))
         for _ in range(20):
-            session.run(None, feeds)
+            session.run(None, given)
         events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
     for event in events:
         if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):

@@ -1,0 +1,182 @@
+"""How exactly each MatMulNBits takes its activations, chosen by the output error that was measured.
+
+At accuracy level 0 the op multiplies float activations; at level 4 it rounds them to int8 block by block, which on x86 is two to five times
+faster and is silent about what it costs. Neither default is right for every model, so each node is measured:
+
+1. The model runs on the golden inputs at level 0 with a twin at level 4 beside every node. A node may take level 4 when
+   |y4 - y0| <= BOUND * |y0| over all its outputs on these inputs (Frobenius norms).
+2. If the model's scores then name another class or token anywhere on the golden inputs (argmax of an output (n, classes), or of
+   one called logits), the nodes that err most go back to level 0: the longest prefix of the nodes, by growing error, that moves no
+   argmax keeps level 4, found by bisection.
+3. Nodes of 8 or 2 bits that stay at level 0 are written as nodes of 4 bits with the same value, since those are the ones that
+   multiply floats without decoding the weight on every call.
+
+A node that stands at level 4 already is left alone: its op defines the rounding (linear_dynamic with activation groups).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from ..kernels import matmul_nbits
+from ..kernels.fused import Builder
+from ..kernels.matmul_nbits import FLOAT, INT8, OP
+from . import ort_session
+
+BOUND = 0.01
+"""relative error of a node's output that level 4 may add"""
+BATCH = 8
+"""samples that are measured at a time"""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One MatMulNBits node."""
+
+    node: str
+    level: int
+    """0 or 4"""
+    error: float
+    """relative error of its output that level 4 adds on the golden inputs"""
+    reason: str
+    """why it is not 4; '' when it is"""
+
+
+def choose(model: onnx.ModelProto, inputs: Mapping[str, np.ndarray], bound: float = BOUND) -> tuple[Choice, ...]:
+    """Set the accuracy level of every node that is still at 0, in place, and say what was measured. `inputs` (n, ...) by name."""
+    errors = measure(model, inputs)
+    if not errors:
+        return ()
+    able = sorted((n for n, e in errors.items() if e <= bound), key=lambda n: (errors[n], n))
+    kept = _without_flips(model, inputs, able)
+    _set(model, able[:kept])
+    in_floats(model)
+    chosen = set(able[:kept])
+    return tuple(
+        Choice(n, INT8, e, "")
+        if n in chosen
+        else Choice(n, FLOAT, e, "it changes a top score" if e <= bound else f"error above {bound:g}")
+        for n, e in errors.items()
+    )
+
+
+def measure(model: onnx.ModelProto, inputs: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """Relative output error that level 4 adds to each node at level 0, by node name, all other nodes at level 0."""
+    probe = onnx.ModelProto()
+    probe.CopyFrom(model)
+    nodes = _open_nodes(probe)
+    graph = probe.graph
+    for index, node in enumerate(nodes):
+        twin = onnx.NodeProto()
+        twin.CopyFrom(node)
+        twin.name, twin.output[0] = f"planish.twin.{index}", f"planish.twin.{index}"
+        _level(twin).i = INT8
+        size, change = f"planish.size.{index}", f"planish.change.{index}"
+        graph.node.append(twin)
+        graph.node.append(helper.make_node("Sub", [twin.output[0], node.output[0]], [f"planish.apart.{index}"]))
+        graph.node.append(helper.make_node("ReduceSumSquare", [node.output[0]], [size], keepdims=0))
+        graph.node.append(helper.make_node("ReduceSumSquare", [f"planish.apart.{index}"], [change], keepdims=0))
+        graph.output.extend(helper.make_tensor_value_info(n, TensorProto.FLOAT, []) for n in (size, change))
+    if not nodes:
+        return {}
+    runs = ort_session.create(probe.SerializeToString(), 1)
+    names = [f"planish.{what}.{i}" for i in range(len(nodes)) for what in ("size", "change")]
+    sums = np.zeros(len(names))
+    for part in ort_session.batches(runs, inputs, BATCH):
+        sums += np.array([float(v) for v in runs.run(names, part)])
+    return {
+        node.name: float(np.sqrt(change / size)) if size else float(change > 0)
+        for node, (size, change) in zip(nodes, sums.reshape(-1, 2), strict=True)
+    }
+
+
+def in_floats(model: onnx.ModelProto) -> None:
+    """Write the nodes of 8 and 2 bits at level 0 as nodes of 4 bits, in place."""
+    graph = model.graph
+    wide = {n.name for n in _open_nodes(model) if helper.get_node_attr_value(n, "bits") != 4}
+    if not wide:
+        return
+    read = {v for n in graph.node if n.name in wide for v in n.input}
+    constants = {i.name: numpy_helper.to_array(i) for i in graph.initializer if i.name in read}
+    taken = {v for n in graph.node for v in [*n.input, *n.output]} | {i.name for i in graph.initializer}
+    builder = Builder(graph, constants, taken=taken)
+    for node in graph.node:
+        if node.name not in wide:
+            builder.nodes.append(node)
+            continue
+        matmul_nbits.in_floats(builder, node)
+        last = builder.nodes[-1]
+        last.name, last.output[0] = node.name, node.output[0]
+    nodes = list(builder.nodes)
+    del graph.node[:]
+    graph.node.extend(nodes)
+    read = {v for n in graph.node for v in n.input}
+    for item in [i for i in graph.initializer if i.name not in read]:
+        graph.initializer.remove(item)
+
+
+def _without_flips(model: onnx.ModelProto, inputs: Mapping[str, np.ndarray], nodes: Sequence[str]) -> int:
+    """How many of the nodes, from the front, may take level 4 such that no top score moves on the inputs."""
+    names = _scores(model)
+    if not names or not nodes:
+        return len(nodes)
+    wanted = _tops(model, inputs, names)
+
+    def same(count: int) -> bool:
+        trial = onnx.ModelProto()
+        trial.CopyFrom(model)
+        _set(trial, nodes[:count])
+        return all(np.array_equal(a, b) for a, b in zip(_tops(trial, inputs, names), wanted, strict=True))
+
+    low, high = (
+        0,
+        len(nodes) + 1,
+    )  # `low` nodes are known to move nothing, `high` are known to move something or too many
+    trial = len(nodes)
+    while high - low > 1:
+        low, high = (trial, high) if same(trial) else (low, trial)
+        trial = (low + high) // 2
+    return low
+
+
+def _scores(model: onnx.ModelProto) -> list[str]:
+    """Outputs whose largest element over the last axis is an answer: (n, classes), and logits of any shape."""
+    return [
+        o.name
+        for o in model.graph.output
+        if o.type.tensor_type.elem_type == TensorProto.FLOAT
+        and (len(o.type.tensor_type.shape.dim) == 2 or o.name.endswith("logits"))
+    ]
+
+
+def _tops(model: onnx.ModelProto, inputs: Mapping[str, np.ndarray], names: Sequence[str]) -> list[np.ndarray]:
+    """Index of the largest element over the last axis of each named output."""
+    answers = ort_session.run(ort_session.create(model.SerializeToString(), 1), inputs, BATCH)
+    return [answers[n].argmax(-1) for n in names]
+
+
+def _open_nodes(model: onnx.ModelProto) -> list[onnx.NodeProto]:
+    """MatMulNBits nodes at level 0."""
+    return [n for n in model.graph.node if n.op_type == OP and _level(n).i == FLOAT]
+
+
+def _level(node: onnx.NodeProto) -> onnx.AttributeProto:
+    """The attribute accuracy_level, added where it is missing (which means 0)."""
+    for item in node.attribute:
+        if item.name == "accuracy_level":
+            return item
+    node.attribute.append(helper.make_attribute("accuracy_level", FLOAT))
+    return node.attribute[-1]
+
+
+def _set(model: onnx.ModelProto, names: Sequence[str]) -> None:
+    """Put nodes at level 4."""
+    wanted = set(names)
+    for node in model.graph.node:
+        if node.op_type == OP and node.name in wanted:
+            _level(node).i = INT8
