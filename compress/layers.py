@@ -16,6 +16,10 @@ STORED_AS = ("_codes", "_scale", "_zero_point")
 """what the quantizer appends to a parameter's name for the tensors that replace it"""
 
 
+FLOAT_OPS = ("planish.selective_scan", "planish.hadamard")
+"""planish ops that compute in float, so that a model with them is not quantized yet"""
+
+
 def op(node: Node) -> str:
     """The ATen op without its overload, e.g. 'aten.conv2d' or 'planish.quantize'; '' for a node that is not a call."""
     if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
@@ -102,7 +106,7 @@ def bias_name(node: Node) -> str:
 def refuse_quantized(model: Model, name: str) -> None:
     """Raise PlanishError when the graph already holds integer codes; `name` is the pass that wants floats."""
     for node in model.graph.graph.nodes:
-        if op(node).startswith("planish."):
+        if op(node).startswith("planish.") and op(node) not in FLOAT_OPS:
             raise PlanishError(
                 f"{name} works on float models; '{model.source}' is quantized already (at '{node.name}'): "
                 "put it before the quantizing pass"

@@ -99,7 +99,7 @@ def step(
 class Streaming(nn.Module):
     """A Mamba language model of transformers that takes and returns its states: forward(input_ids, *states).
 
-    input_ids (batch, time); the states are `conv_0` (batch, channels, taps - 1), `scan_0` (batch, channels, states), `conv_1`,
+    input_ids (batch, time); the states are `conv_state_0` (batch, channels, taps - 1), `scan_state_0` (batch, channels, states), `conv_state_1`,
     ... in this order, zeros to start. Returns logits (batch, time, vocabulary) and the states after the last token, in the same
     order. Parameters keep the names they have in the checkpoint.
     """
@@ -131,10 +131,10 @@ class Streaming(nn.Module):
         for index, block in enumerate(self.backbone.layers):
             mixer = block.mixer
             taps = mixer.conv1d.kernel_size[0]
-            shapes = {"conv": (len(mixer.D), taps - 1), "scan": tuple(mixer.A_log.shape)}
+            shapes = {"conv_state": (len(mixer.D), taps - 1), "scan_state": tuple(mixer.A_log.shape)}
             found += [Input(f"{n}_{index}", (1, *s), torch.float32, state=True) for n, s in shapes.items()]
         return tuple(found)
 
     def outputs(self) -> tuple[str, ...]:
-        """Names of the outputs: logits, then every state with `_out` behind its input's name."""
-        return ("logits", *(f"{i.name}_out" for i in self.inputs()[1:]))
+        """Names of the outputs: logits, then every state as `present_<its input>`."""
+        return ("logits", *(f"present_{i.name}" for i in self.inputs()[1:]))

@@ -119,18 +119,11 @@ class SelectiveScan(Fused):
 
     def lower(self, call: Call, graph: Builder) -> Sequence[str]:
         """The names of y and of the last state. a_log and the rotations must be constants of the model."""
-        for name in ("a_log", "rotation", "outer", "inner"):
-            if name in call.tensors and call.tensors[name] not in graph.constants:
-                raise PlanishError(f"'{call.name}': '{name}' of selective_scan is computed; a constant is expected")
         t = call.tensors
-        outer, inner = ((graph.value(t[n]) if n in t else None) for n in ("outer", "inner"))
-        body = _body(
-            graph.value(t["a_log"]),
-            graph.value(t["rotation"]) if "rotation" in t else None,
-            outer,
-            inner,
-            float(call.attributes.get("state_scale", 0.0)),
-        )
+        fixed = {n: _constant(call, graph, n) for n in ("a_log", "rotation", "outer", "inner") if n in t}
+        outer, inner = fixed.get("outer"), fixed.get("inner")
+        scale = float(call.attributes.get("state_scale", 0.0))
+        body = _body(fixed["a_log"], fixed.get("rotation"), outer, inner, scale)
         into = graph.one("Mul", [t["delta"], t["x"]], f"{call.name}.into")
         last, y = graph.add(
             "Scan",
@@ -161,6 +154,17 @@ class SelectiveScan(Fused):
     def slow(self, call: Call) -> str | None:
         """A loop over time runs one small step after another in every runtime of ONNX."""
         return "the scan runs step by step, with a few microseconds of overhead each"
+
+
+def _constant(call: Call, graph: Builder, argument: str) -> np.ndarray:
+    """The float32 array of an argument that the body of the scan holds itself; 16-bit parameters are converted."""
+    name = call.tensors[argument]
+    makers = {o: n for n in graph.nodes for o in n.output}
+    while name in makers and makers[name].op_type in ("Cast", "Identity"):
+        name = makers[name].input[0]
+    if name not in graph.constants:
+        raise PlanishError(f"'{call.name}': '{argument}' of selective_scan is computed; a constant is expected")
+    return graph.value(name).astype(np.float32)
 
 
 def _body(
