@@ -1,0 +1,16 @@
+"""From a linear layer to `planish::linear_codebook`: what the passes nf4, fp4, mxfp4 and nvfp4 share."""
+
+from __future__ import annotations
+
+from ...kernels import codebooks
+from ..blocks import Linear
+from .linears import Replacement
+
+
+def coded(item: Linear, name: codebooks.Name, group: int, nested: bool = False) -> Replacement:
+    """The layer in a format of codebooks.py. Raises PlanishError for a shape that the format does not take."""
+    found = codebooks.encode(item.weight, name, group, nested, item.name)
+    tensors = {n: t for n, t in vars(found).items() if t is not None}
+    restored = codebooks.decode(found.codes, found.scale, found.second_scale, found.offset, name, group)
+    what = f"{name}, blocks of {group}" + (", scales in 8 bits" if nested else "")
+    return Replacement("linear_codebook", tensors, {"format": name, "group": group}, what, restored)

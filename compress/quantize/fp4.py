@@ -1,0 +1,28 @@
+"""FP4 as bitsandbytes defines it: 4-bit floats of its own kind, in blocks with one scale; bytes as bitsandbytes stores them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+
+from ..blocks import Linear
+from ..moments import Moments
+from .codebook import coded
+from .linears import Linears, Replacement
+
+
+class Fp4(Linears):
+    """Weights as FP4 codes; activations stay in float."""
+
+    block: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096] = 64
+    """weights that share a scale, counted over the flattened weight"""
+    nested: bool = False
+    """store the scales in 8 bits (double quantization)"""
+
+    def replacements(
+        self, members: Sequence[Linear], moments: Moments | None, generator: torch.Generator
+    ) -> list[Replacement]:
+        """Each layer on its own."""
+        return [coded(item, "fp4", self.block, self.nested) for item in members]
