@@ -16,7 +16,8 @@ A node that stands at level 4 already is left alone: its op defines the rounding
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,54 +46,72 @@ class Choice:
     """relative error of its output that level 4 adds on the golden inputs"""
     reason: str
     """why it is not 4; '' when it is"""
+    slow: bool
+    """whether it is slower than a float product for as many tokens as a golden sample has"""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A node on the golden inputs."""
+
+    error: float
+    """relative error of its output that level 4 adds"""
+    rows: float
+    """rows (tokens) that it takes for one sample"""
 
 
 def choose(model: onnx.ModelProto, inputs: Mapping[str, np.ndarray], bound: float = BOUND) -> tuple[Choice, ...]:
     """Set the accuracy level of every node that is still at 0, in place, and say what was measured. `inputs` (n, ...) by name."""
-    errors = measure(model, inputs)
-    if not errors:
+    found = measure(model, inputs)
+    if not found:
         return ()
-    able = sorted((n for n, e in errors.items() if e <= bound), key=lambda n: (errors[n], n))
-    kept = _without_flips(model, inputs, able)
-    _set(model, able[:kept])
+    able = sorted((n for n, m in found.items() if m.error <= bound), key=lambda n: (found[n].error, n))
+    chosen = set(able[: _without_flips(model, inputs, able)])
+    _set(model, chosen)
+    shapes = {
+        n.name: [helper.get_node_attr_value(n, a) for a in ("bits", "K")] for n in model.graph.node if n.name in found
+    }
     in_floats(model)
-    chosen = set(able[:kept])
-    return tuple(
-        Choice(n, INT8, e, "")
-        if n in chosen
-        else Choice(n, FLOAT, e, "it changes a top score" if e <= bound else f"error above {bound:g}")
-        for n, e in errors.items()
-    )
+    choices = []
+    for name, measured in found.items():
+        level = INT8 if name in chosen else FLOAT
+        why = "it moves a top score" if measured.error <= bound else f"error above {bound:g}"
+        slow = matmul_nbits.slower(shapes[name][0], level, shapes[name][1], measured.rows)
+        choices.append(Choice(name, level, measured.error, "" if level == INT8 else why, slow))
+    return tuple(choices)
 
 
-def measure(model: onnx.ModelProto, inputs: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """Relative output error that level 4 adds to each node at level 0, by node name, all other nodes at level 0."""
+def measure(model: onnx.ModelProto, inputs: Mapping[str, np.ndarray]) -> dict[str, Measured]:
+    """What level 4 does to each node at level 0 while all other nodes are at level 0, by node name."""
     probe = onnx.ModelProto()
     probe.CopyFrom(model)
-    nodes = _open_nodes(probe)
-    graph = probe.graph
+    graph, nodes = probe.graph, _open_nodes(probe)
+    if not nodes:
+        return {}
     for index, node in enumerate(nodes):
         twin = onnx.NodeProto()
         twin.CopyFrom(node)
-        twin.name, twin.output[0] = f"planish.twin.{index}", f"planish.twin.{index}"
+        twin.name = twin.output[0] = f"planish.twin.{index}"
         _level(twin).i = INT8
-        size, change = f"planish.size.{index}", f"planish.change.{index}"
+        norm, apart, change, size = (f"planish.{what}.{index}" for what in ("norm", "apart", "change", "size"))
         graph.node.append(twin)
-        graph.node.append(helper.make_node("Sub", [twin.output[0], node.output[0]], [f"planish.apart.{index}"]))
-        graph.node.append(helper.make_node("ReduceSumSquare", [node.output[0]], [size], keepdims=0))
-        graph.node.append(helper.make_node("ReduceSumSquare", [f"planish.apart.{index}"], [change], keepdims=0))
-        graph.output.extend(helper.make_tensor_value_info(n, TensorProto.FLOAT, []) for n in (size, change))
-    if not nodes:
-        return {}
+        graph.node.append(helper.make_node("Sub", [twin.output[0], node.output[0]], [apart]))
+        graph.node.append(helper.make_node("ReduceSumSquare", [node.output[0]], [norm], keepdims=0))
+        graph.node.append(helper.make_node("ReduceSumSquare", [apart], [change], keepdims=0))
+        graph.node.append(helper.make_node("Size", [node.output[0]], [size]))
+        graph.output.extend(helper.make_tensor_value_info(n, TensorProto.FLOAT, []) for n in (norm, change))
+        graph.output.append(helper.make_tensor_value_info(size, TensorProto.INT64, []))
     runs = ort_session.create(probe.SerializeToString(), 1)
-    names = [f"planish.{what}.{i}" for i in range(len(nodes)) for what in ("size", "change")]
+    names = [f"planish.{what}.{i}" for i in range(len(nodes)) for what in ("norm", "change", "size")]
     sums = np.zeros(len(names))
     for part in ort_session.batches(runs, inputs, BATCH):
         sums += np.array([float(v) for v in runs.run(names, part)])
-    return {
-        node.name: float(np.sqrt(change / size)) if size else float(change > 0)
-        for node, (size, change) in zip(nodes, sums.reshape(-1, 2), strict=True)
-    }
+    samples = len(next(iter(inputs.values())))
+    found = {}
+    for node, (norm, change, size) in zip(nodes, sums.reshape(-1, 3), strict=True):
+        error = float(np.sqrt(change / norm)) if norm else float(change > 0)
+        found[node.name] = Measured(error, size / helper.get_node_attr_value(node, "N") / samples)
+    return found
 
 
 def in_floats(model: onnx.ModelProto) -> None:
@@ -161,8 +180,9 @@ def _tops(model: onnx.ModelProto, inputs: Mapping[str, np.ndarray], names: Seque
 
 
 def _open_nodes(model: onnx.ModelProto) -> list[onnx.NodeProto]:
-    """MatMulNBits nodes at level 0."""
-    return [n for n in model.graph.node if n.op_type == OP and _level(n).i == FLOAT]
+    """MatMulNBits nodes at level 0 that a name tells apart (a user's own file may lack names)."""
+    named = Counter(n.name for n in model.graph.node if n.op_type == OP)
+    return [n for n in model.graph.node if n.op_type == OP and n.name and named[n.name] == 1 and _level(n).i == FLOAT]
 
 
 def _level(node: onnx.NodeProto) -> onnx.AttributeProto:
@@ -174,7 +194,7 @@ def _level(node: onnx.NodeProto) -> onnx.AttributeProto:
     return node.attribute[-1]
 
 
-def _set(model: onnx.ModelProto, names: Sequence[str]) -> None:
+def _set(model: onnx.ModelProto, names: Iterable[str]) -> None:
     """Put nodes at level 4."""
     wanted = set(names)
     for node in model.graph.node:

@@ -11,6 +11,8 @@ STATES = "planish.states"
 """names of the inputs that are key/value caches or recurrent states: optional, and empty at first"""
 NOTES = "planish.notes"
 """lines about low-bit layers whose ONNX form is larger or slower than it might be"""
+LOW_BIT = "planish.low_bit"
+"""names of the fused low-bit ops that the file's nodes come from"""
 
 
 def put(model: onnx.ModelProto, key: str, values: Sequence[str]) -> None:

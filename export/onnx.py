@@ -1,20 +1,27 @@
 """Format `onnx`: one model.onnx for ONNX Runtime, quantize/dequantize pairs where the model is quantized.
 
-After writing, the file is loaded in ONNX Runtime and the graph that it really runs is read back: a convolution or
-matrix product that stayed float in a quantized model, and a weight that was folded back to float, are warnings.
+Before writing, each MatMulNBits gets the accuracy level that its measured output error allows (accuracy.py), and what will be slower or
+larger than it might be is printed. After writing, the file is loaded in ONNX Runtime and the graph that it really runs is read back: in
+a statically quantized model a convolution or matrix product that stayed float and a weight that was folded back to float are
+warnings; a weight of a fused low-bit op that was folded back is an error.
 """
 
 from __future__ import annotations
 
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import onnx
 from onnx import TensorProto
 
+from ..common.errors import PlanishError, listed
+from ..common.progress import say
 from ..targets.target import Target
+from . import accuracy, metadata, ort_session
+from .accuracy import Choice
 from .format import Format, Source, Written
 
 HEAVY = (
@@ -22,6 +29,8 @@ HEAVY = (
     *("MatMulIntegerToFloat", "DynamicQuantizeMatMul"),
 )
 """ops that compute in float, or leave a float result: the integers go no further"""
+DYNAMIC = ("MatMulIntegerToFloat", "DynamicQuantizeMatMul")
+"""those that dynamic quantization means to have"""
 
 
 class Onnx(Format):
@@ -30,25 +39,86 @@ class Onnx(Format):
     def write(self, source: Source, target: Target, folder: Path) -> Written:
         """Write model.onnx and report how ONNX Runtime on this machine runs it."""
         path = folder / "model.onnx"
-        path.write_bytes(source.onnx.SerializeToString(deterministic=True))
-        quantized = any(n.op_type == "QuantizeLinear" for n in source.onnx.graph.node)
-        fused = optimized(path)
-        warnings = []
-        if quantized:
-            warnings += [
-                f"'{n.name}' ({n.op_type}) gives float results: ONNX Runtime did not fuse its quantize/dequantize pairs"
-                for n in fused.graph.node
-                if n.op_type in HEAVY
-            ]
-            restored = float_weight_bytes(fused) - float_weight_bytes(source.onnx)
-            if restored > 0.1 * weight_bytes(source.onnx):
-                warnings.append(f"ONNX Runtime folds {restored} bytes of weights back to float when it loads the file")
-        counts = dict(sorted(Counter(n.op_type for n in fused.graph.node).items()))
+        model = onnx.ModelProto()
+        model.CopyFrom(source.onnx)
+        choices = accuracy.choose(model, source.golden_inputs)
+        warnings = [*metadata.get(model, metadata.NOTES), *_slow(choices)]
+        for line in warnings:
+            say(f"warning: {line}")
+        path.write_bytes(model.SerializeToString(deterministic=True))
+        runs = optimized(path)
+        _refuse_folded(model, runs)
+        if any(n.op_type == "QuantizeLinear" for n in model.graph.node):
+            warnings += _stayed_float(model, runs)
+        counts = dict(sorted(Counter(n.op_type for n in runs.graph.node).items()))
+        details: dict[str, Any] = {"opset": onnx_opset(model), "runtime_ops": counts}
+        answers = None
+        if choices:
+            details["accuracy_levels"] = {
+                c.node: {
+                    "level": c.level,
+                    "error": float(f"{c.error:.3g}"),
+                    **({"reason": c.reason} if c.reason else {}),
+                }
+                for c in choices
+            }
+            answers = ort_session.run(ort_session.create(path, 1), source.golden_inputs)
         return Written(
-            inputs=[describe(i) for i in source.onnx.graph.input],
-            outputs=[describe(o) for o in source.onnx.graph.output],
-            details={"opset": source.onnx.opset_import[0].version, "runtime_ops": counts},
+            inputs=[describe(i) for i in model.graph.input],
+            outputs=[describe(o) for o in model.graph.output],
+            details=details,
             warnings=tuple(warnings),
+            answers=answers,
+        )
+
+
+def onnx_opset(model: onnx.ModelProto) -> int:
+    """Version of ONNX's own operator set."""
+    return next(o.version for o in model.opset_import if o.domain in ("", "ai.onnx"))
+
+
+def _slow(choices: Sequence[Choice]) -> list[str]:
+    """Warnings about products that take longer than in float."""
+    names = [c.node for c in choices if c.slow]
+    if not names:
+        return []
+    exact = sum(c.slow and c.level == accuracy.FLOAT for c in choices)
+    why = f", {exact} of them at accuracy level 0" if exact else ""
+    return [
+        f"{listed(names)}: with as many tokens at a time as the golden samples have, ONNX Runtime computes these {len(names)} "
+        f"products no faster than in float{why}; quantize.dynamic with 8 bits is faster there"
+    ]
+
+
+def _stayed_float(model: onnx.ModelProto, runs: onnx.ModelProto) -> list[str]:
+    """What a quantized model still computes in float, or holds in float after loading."""
+    own = {n.name for n in model.graph.node if n.op_type in ("MatMulInteger", "DynamicQuantizeLinear")}
+    dynamic = bool(own)
+    warnings = [
+        f"'{n.name}' ({n.op_type}) gives float results: ONNX Runtime did not fuse its quantize/dequantize pairs"
+        for n in runs.graph.node
+        if n.op_type in HEAVY and not (dynamic and n.op_type in DYNAMIC)
+    ]
+    restored = float_weight_bytes(runs) - float_weight_bytes(model)
+    if restored > 0.1 * weight_bytes(model):
+        warnings.append(f"ONNX Runtime folds {restored} bytes of weights back to float when it loads the file")
+    return warnings
+
+
+def _refuse_folded(model: onnx.ModelProto, runs: onnx.ModelProto) -> None:
+    """Raise PlanishError when low-bit weights of fused ops became float in the graph that runs.
+
+    Codes that vanish while at least twice their bytes appear in float were decoded; codes that were moved or renamed leave as many.
+    """
+    if not metadata.get(model, metadata.LOW_BIT):
+        return
+    lost = narrow_bytes(model) - narrow_bytes(runs)
+    restored = float_weight_bytes(runs) - float_weight_bytes(model) - _widened(model, runs)
+    if lost > 0 and restored >= 2 * lost:
+        left = {i.name for i in runs.graph.initializer}
+        names = [i.name for i in model.graph.initializer if _narrow(i) and i.name not in left]
+        raise PlanishError(
+            f"ONNX Runtime decodes {lost} bytes of low-bit weights to {restored} bytes of float when it loads the file: {listed(names)}"
         )
 
 
@@ -74,6 +144,25 @@ def weight_bytes(model: onnx.ModelProto) -> int:
 def float_weight_bytes(model: onnx.ModelProto) -> int:
     """Bytes of constants in float32 with more than one dimension: the weights that are not compressed."""
     return sum(_size(i) for i in model.graph.initializer if i.data_type == TensorProto.FLOAT and len(i.dims) > 1)
+
+
+def narrow_bytes(model: onnx.ModelProto) -> int:
+    """Bytes of constants of at most 8 bits an element with more than one dimension: codes."""
+    return sum(_size(i) for i in model.graph.initializer if _narrow(i))
+
+
+def _narrow(tensor: onnx.TensorProto) -> bool:
+    return len(tensor.dims) > 1 and tensor.data_type != TensorProto.BOOL and _bits(tensor.data_type) <= 8
+
+
+def _widened(model: onnx.ModelProto, runs: onnx.ModelProto) -> int:
+    """Bytes in float of the constants stored in 16 bits that ONNX Runtime converts when it loads the file."""
+    left = {i.name for i in runs.graph.initializer}
+    return sum(
+        2 * _size(i)
+        for i in model.graph.initializer
+        if len(i.dims) > 1 and _bits(i.data_type) == 16 and i.name not in left
+    )
 
 
 def _size(tensor: onnx.TensorProto) -> int:

@@ -42,6 +42,9 @@ from .matmul_nbits import Weight
 
 PER_TENSOR = -1
 PER_TOKEN = 0
+ROUNDING = "rounding its activations in ops of their own costs more time than its small product saves"
+SMALL, SMALL_IN_FLOAT = 150_000, 600_000
+"""weights of a layer below which that holds (measured on x86): before MatMulInteger, and before MatMulNBits"""
 
 
 def quantized(x: torch.Tensor, bits: int, group: int) -> torch.Tensor:
@@ -103,6 +106,8 @@ class LinearDynamic(Fused):
         if activation_bits == 8 and _in_blocks(bits, group, activation_group):
             return [matmul_nbits.write(graph, name, x, weight, bias, matmul_nbits.INT8, activation_group)]
         x = rounded(graph, name, x, activation_bits, activation_group, codes.shape[1])
+        if codes.size < SMALL_IN_FLOAT:
+            graph.note(name, ROUNDING)
         return [matmul_nbits.write(graph, name, x, weight, bias)]
 
 
@@ -127,6 +132,8 @@ def _integer(
     if activation_group == PER_TENSOR:
         rounded, step, zero = graph.add("DynamicQuantizeLinear", [x], f"{name}.input", outputs=3)
     else:
+        if codes.size < SMALL:
+            graph.note(name, ROUNDING)
         signed, step = _signed(graph, name, x, activation_bits)  # (..., in), (..., 1)
         shift = graph.constant(f"{name}.input_shift", np.array(128, np.float32))
         moved = graph.one("Add", [signed, shift], f"{name}.input_moved")
