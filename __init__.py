@@ -1,7 +1,7 @@
 """planish: prune, quantize and export a trained PyTorch model to a named device, and profile it there.
 
-The verbs of the command line are the functions of this module: compress, export, verify, profile, run, evaluate. Importing it
-loads no PyTorch; the first call of a verb does. `planish.compress` and `planish.export` are the packages of those
+The verbs of the command line are the functions of this module: compress, export, verify, profile, run, evaluate, generate,
+inspect. Importing it loads no PyTorch; the first call of a verb does. `planish.compress` and `planish.export` are the packages of those
 stages as well, so both `planish.compress(...)` and `planish.compress.model` work.
 """
 
@@ -19,13 +19,15 @@ if TYPE_CHECKING:
     from .pipeline import compress as compress
     from .pipeline import evaluate as evaluate
     from .pipeline import export as export
+    from .pipeline import generate as generate
+    from .pipeline import inspect as inspect
     from .pipeline import profile as profile
     from .pipeline import run as run
     from .pipeline import verify as verify
 
 STAGES = ("compress", "export")
-VERBS = (*STAGES, "evaluate", "profile", "run", "verify")
-__all__ = ["PlanishError", "compress", "evaluate", "export", "profile", "run", "verify"]
+VERBS = (*STAGES, "evaluate", "generate", "inspect", "profile", "run", "verify")
+__all__ = ["PlanishError", "compress", "evaluate", "export", "generate", "inspect", "profile", "run", "verify"]
 
 
 class _Stage(ModuleType):

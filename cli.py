@@ -29,7 +29,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and no
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")]
 TargetName = Annotated[str, typer.Option("--target", "-t", help="Device; `planish targets` lists them.")]
-Data = Annotated[str | None, typer.Option("--data", "-d", help="Samples: .npz, .safetensors, a folder of them, or file.py:loader.")]  # fmt: skip
+Data = Annotated[str | None, typer.Option("--data", "-d", help="Samples: .npz, .safetensors, a folder of them, file.py:loader, or .txt for a language model.")]  # fmt: skip
 Weights = Annotated[Path | None, typer.Option("--weights", "-w", help="Weights for a factory: .safetensors, .pt, .pth or .th.")]  # fmt: skip
 Inputs = Annotated[list[str] | None, typer.Option("--input", "-i", help="Input of a factory's model: name=1,3,32,32 (needed without --data).")]  # fmt: skip
 RuntimeName = Annotated[str | None, typer.Option("--runtime", help="Runtime to use instead of the target's own.")]
@@ -78,6 +78,10 @@ def compress(
     if "accuracy" in report:
         a = report["accuracy"]
         table.add_row(f"accuracy (n={a['n']})", f"{a['original']:.2%}", f"{a['compressed']:.2%}")
+    if "quality" in report:
+        q = report["quality"]
+        closer = f"  (KL {q['kl']:.4f}, {q['agreement']:.1%} same next token)" if "kl" in q else ""
+        table.add_row(f"{q['metric']} (n={q['n']})", f"{q['original']:.4f}", f"{q['compressed']:.4f}{closer}")
     _print(table)
     _print(f"written to {output} in {report['seconds']:.1f} s")
 
@@ -191,20 +195,103 @@ def evaluate(
     data: Data = None,
     weights: Weights = None,
     input: Inputs = None,
+    length: Annotated[int | None, typer.Option(min=2, help="Tokens of a window of a text file.")] = None,
     runtime: RuntimeName = None,
     threads: Threads = 1,
     as_json: Json = False,
 ) -> None:
-    """Accuracy on labelled data, or closeness to the original model."""
+    """Perplexity on text, accuracy on labelled data, or closeness to the original model."""
     from . import pipeline
 
     report = pipeline.evaluate(
-        model, data=data, weights=weights, inputs=_inputs(input), runtime=runtime, threads=threads
+        model, data=data, weights=weights, inputs=_inputs(input), length=length, runtime=runtime, threads=threads
     )
     if as_json:
         return _json(report)
     shown = f"{report['value']:.2%}" if report["metric"] == "accuracy" else f"{report['value']:.6f}"
-    _print(f"{report['metric']} {shown} on {report['n']} samples ({report['runtime']})")
+    if "kl" in report:
+        shown += f", KL {report['kl']:.6f}, {report['agreement']:.2%} same next token"
+    what = "tokens" if report["metric"] == "perplexity" else "samples"
+    _print(f"{report['metric']} {shown} on {report['n']} {what} ({report['runtime']})")
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(metavar="MODEL|COMPRESSED|ARTIFACT")],
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="Text to continue.")] = "",
+    tokens: Annotated[int, typer.Option("--tokens", "-n", min=1, help="Tokens to write, at most.")] = 64,
+    weights: Weights = None,
+    input: Inputs = None,
+    runtime: RuntimeName = None,
+    threads: Threads = 1,
+    as_json: Json = False,
+) -> None:
+    """The most likely continuation of a prompt, token by token through the key/value cache."""
+    from . import pipeline
+
+    report = pipeline.generate(
+        model,
+        prompt=prompt,
+        tokens=tokens,
+        weights=weights,
+        inputs=_inputs(input),
+        runtime=runtime,
+        threads=threads,
+    )
+    if as_json:
+        return _json(report)
+    _print(prompt + report["text"])
+    speed = report["tokens_per_second"]
+    _print(f"{report['tokens']} tokens" + (f", {speed:.1f} tokens/s" if speed else "") + f" ({report['runtime']})")
+
+
+@app.command()
+def inspect(
+    model: ModelName,
+    data: Data = None,
+    weights: Weights = None,
+    input: Inputs = None,
+    samples: Annotated[int, typer.Option(min=1, help="Samples of the data to look at.")] = 16,
+    as_json: Json = False,
+) -> None:
+    """Size and work of every layer; with data also the outliers that it reads and how few bits it bears."""
+    from . import pipeline
+
+    report = pipeline.inspect(model, data=data, weights=weights, inputs=_inputs(input), samples=samples)
+    if as_json:
+        return _json(report)
+    rows, bits = report["layers"], ("8", "4", "3", "2")
+    stored = any("error" in r for r in rows)
+    seen = report["samples"] > 0
+    columns = ["layer", "op", "shape", "bits", "bytes", "MACs", "max |w|", "kurtosis"]
+    columns += ["error"] if stored else []
+    columns += ["max |x|", "kurtosis", "|x|>=6", "max/median", *(f"{b} bit" for b in bits)] if seen else []
+    table = _table(
+        *columns, title=f"{model}: {report['params']:,} weights, {report['macs']:,} MACs, {report['bytes']:,} bytes"
+    )
+    for r in rows:
+        x, errors = r.get("input", {}), r.get("sensitivity", {})
+        cells = [r["name"], r["op"], "x".join(map(str, r.get("shape", ()))), str(r.get("bits", "")), _count(r["bytes"])]
+        cells += [_count(r["macs"]), _number(r.get("weight_peak")), _number(r.get("weight_kurtosis"))]
+        cells += [_number(r.get("error"))] if stored else []
+        if seen:
+            cells += [
+                _number(x.get("peak")),
+                _number(x.get("kurtosis")),
+                str(x.get("columns", "")),
+                _number(x.get("ratio")),
+            ]
+            cells += [_number(errors.get(b)) for b in bits]
+        table.add_row(*cells)
+    _print(table)
+    if report["attention"]:
+        outputs = _table("attention", "max |x|", "kurtosis", "|x|>=6", "max/median", title="outputs of attention")
+        for r in report["attention"]:
+            x = r["output"]
+            outputs.add_row(
+                r["name"], _number(x["peak"]), _number(x["kurtosis"]), str(x["columns"]), _number(x.get("ratio"))
+            )
+        _print(outputs)
 
 
 @app.command()
@@ -338,6 +425,10 @@ def _table(*columns: str, title: str | None = None) -> Table:
         table.add_column(column, no_wrap=True)
     table.add_column(columns[-1], overflow="fold")
     return table
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}"
 
 
 def _count(value: int | None) -> str:

@@ -1,11 +1,12 @@
-"""The verbs: compress, export, profile, run, evaluate, verify. The command line and the Python API are these functions."""
+"""The verbs: compress, export, profile, run, evaluate, generate, inspect, verify. The command line and the Python API are these functions."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,20 +16,22 @@ import onnx
 import safetensors.numpy
 import torch
 
-from . import __version__
+from . import __version__, language
 from .common import files, plugins
 from .common.errors import PlanishError, listed
 from .common.progress import say
 from .compress import compressed as compressed_model
+from .compress import diagnostics, evaluation, program_file, text
 from .compress import load as loading
-from .compress import program_file
 from .compress import recipe as recipes
 from .compress.data import Data, check
+from .compress.evaluation import cosine, top1
 from .compress.load_data import load_data
-from .compress.model import Input, Model, predict
+from .compress.model import Input, Model, Text, predict
 from .compress.passes import Context
+from .export import accuracy as accuracy_levels
 from .export import artifact as artifacts
-from .export import cost
+from .export import cost, metadata
 from .export.artifact import Artifact
 from .export.format import Format, Source, Written
 from .export.lowering import lowered, to_onnx
@@ -39,6 +42,10 @@ from .targets.target import Target
 
 GOLDEN = 8
 """samples kept with a model, with its answers"""
+SCORED = 32768
+"""tokens of the test data that the report of `compress` takes for perplexity, at most"""
+GOLDEN_LENGTH = 64
+"""tokens of such a sample, where the model takes any number"""
 FAR = 0.1
 """difference of an artifact to its compressed program, as a share of the largest output, that is worth a warning"""
 HELD_OUT = 0.1
@@ -97,14 +104,17 @@ def compress(
         test is not None and test.labels is not None
     ):  # first, so that outputs that are no scores are refused before the work
         accuracy = {"original": top1(predict(original, test.inputs), test.labels), "n": test.n}
+    samples = prepared.test or prepared.data
+    quality = None if samples is None or accuracy else _quality(original, samples)
     generator = torch.Generator().manual_seed(seed)
     result = original
     for name, step in plan.passes:
         say(f"{name}")
-        result = step.apply(result, Context(original, prepared.data, device, generator))
+        result = step.apply(result, Context(original, prepared.data, device, generator, _milliseconds))
     if accuracy is not None and test is not None and test.labels is not None:
         accuracy["compressed"] = top1(predict(result, test.inputs), test.labels)
-    samples = prepared.test or prepared.data
+    if quality is not None and samples is not None:
+        quality = _compared(quality, original, result, samples)
     built = compressed_model.build(
         result,
         original,
@@ -113,6 +123,7 @@ def compress(
         _samples(original, samples),
         accuracy,
         __version__,
+        quality,
     )
     if output is not None:
         built.save(output, force)
@@ -124,6 +135,7 @@ def compress(
         **manifest["compressed"],
         "original": manifest["original"],
         **({"accuracy": accuracy} if accuracy else {}),
+        **({"quality": quality} if quality else {}),
         "seconds": round(time.perf_counter() - started, 3),
         "peak_memory_bytes": measure.peak_memory(),
     }
@@ -229,40 +241,168 @@ def evaluate(
     data: str | None = None,
     weights: Path | None = None,
     inputs: Mapping[str, Input] | None = None,
+    length: int | None = None,
     runtime: str | None = None,
     threads: int = 1,
 ) -> dict[str, Any]:
-    """Accuracy of a model, a compressed model or an artifact on labelled data.
+    """How good a model, a compressed model or an artifact is: {metric, value, n, runtime}.
 
-    Without labels: the cosine between its outputs and the original model's, on the golden samples that it carries.
-    Returns {metric, value, n, runtime}. A C artifact is evaluated as compiled for this machine, which gives the
-    device's own integers; name --runtime emulator to run the firmware instead.
+    Perplexity of a causal language model on a text file or rows of tokens (windows of `length`), accuracy of another model on
+    labelled data. Without data: the cosine between its outputs and the original model's, on the golden samples that it
+    carries; for a causal model also `kl` and `agreement` of the next token. A C artifact is evaluated as compiled for this
+    machine, which gives the device's own integers; name --runtime emulator to run the firmware instead.
     """
-    samples = load_data(data) if data else None
-    folder = Path(model)
+    with _opened(model, data, weights, inputs, length, runtime, threads) as found:
+        said = {"runtime": found.runtime}
+        if found.data is None:
+            return {**_to_original(found, model), **said}
+        if found.data.labels is not None:
+            value = top1(found.run(found.data.inputs), found.data.labels)
+            return {"metric": "accuracy", "value": value, "n": found.data.n, **said}
+        if found.language is not None:
+            score = evaluation.perplexity(found.language, found.data.inputs["input_ids"])
+            return {"metric": "perplexity", "value": score.value, "n": score.n, **said}
+    raise PlanishError(
+        f"data '{data}' has no 'labels', which accuracy needs; leave --data out for closeness to the original"
+    )
+
+
+def generate(
+    model: str,
+    *,
+    prompt: str,
+    tokens: int = 64,
+    weights: Path | None = None,
+    inputs: Mapping[str, Input] | None = None,
+    runtime: str | None = None,
+    threads: int = 1,
+) -> dict[str, Any]:
+    """The most likely text behind a prompt, through the key/value cache: {text, tokens, prompt_tokens, tokens_per_second, runtime}."""
+    with _opened(model, None, weights, inputs, None, runtime, threads) as found:
+        if found.language is None:
+            raise PlanishError(f"'{model}' is no causal language model; it takes {listed(found.inputs, 6)}")
+        if found.text is None:
+            raise PlanishError(f"'{model}' carries no tokenizer.json, which turns a prompt into tokens")
+        made = language.generate(found.language, found.text, prompt, tokens)
+    return {
+        "text": made.text,
+        "tokens": made.tokens,
+        "prompt_tokens": made.prompt_tokens,
+        "tokens_per_second": made.per_second,
+        "runtime": found.runtime,
+    }
+
+
+def inspect(
+    model: str,
+    *,
+    data: str | None = None,
+    weights: Path | None = None,
+    inputs: Mapping[str, Input] | None = None,
+    samples: int = 16,
+) -> dict[str, Any]:
+    """Size, work, weights and, with data, outliers and sensitivity of every layer of a model or compressed folder.
+
+    Returns {model, params, macs, bytes, samples, layers: [...], attention: [...]}; what is not known is left out.
+    """
+    manifest = Path(model) / "manifest.json"
+    if manifest.is_file() and files.read_json(manifest).get("format") != "compressed":
+        raise PlanishError(
+            f"'{model}' is an artifact; inspect reads models and compressed folders, profile shows layers"
+        )
+    traced, given = _model_and_data(model, weights, inputs, data, None)
+    given = given.sample(samples, torch.Generator().manual_seed(0)) if given else None
+    found = diagnostics.inspect(traced, list(given.batches(traced, 4)) if given else ())
+    return {
+        "model": model,
+        **compressed_model.summary(traced),
+        "samples": given.n if given else 0,
+        "layers": [_figures(row) for row in found.layers],
+        "attention": [_figures(row) for row in found.attention],
+    }
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A model or artifact that is ready to answer."""
+
+    run: Callable[[Mapping[str, np.ndarray]], Mapping[str, np.ndarray]]
+    inputs: list[str]
+    runtime: str
+    data: Data | None
+    golden: Mapping[str, np.ndarray]
+    language: evaluation.Language | None
+    """set for a causal language model"""
+    text: Text | None
+
+
+@contextlib.contextmanager
+def _opened(
+    spec: str,
+    data: str | None,
+    weights: Path | None,
+    inputs: Mapping[str, Input] | None,
+    length: int | None,
+    runtime: str | None,
+    threads: int,
+) -> Iterator[_Opened]:
+    """The model with its data checked; an artifact on a runtime, everything else in PyTorch."""
+    folder = Path(spec)
     if (folder / "manifest.json").is_file() and files.read_json(folder / "manifest.json").get("format") != "compressed":
         item, _ = _whole(folder)
         name = runtime or ("c" if item.format == "c" else _default_runtime(item))
-        golden = item.golden()
-        feeds = _fitting(item, samples) if samples else _golden_inputs(golden, model)
+        given = None
+        if data is not None:
+            given = language.read(data, item, length) if text.is_text(data) else _fitting(item, load_data(data))
         with _open(item, name, threads) as session:
-            answers = session.run(feeds.inputs)
-    else:
-        if runtime not in (None, "pt2"):
-            raise PlanishError(f"'{model}' is no artifact; it runs on 'pt2' only, not on '{runtime}'")
-        name = "pt2"
-        golden = dict(compressed_model.load(folder).golden) if folder.is_dir() else {}
-        traced = loading.load(model, weights, inputs, samples)
-        feeds = check(samples, traced.inputs) if samples else _golden_inputs(golden, model)
-        answers = predict(traced, feeds.inputs)
-    if feeds.labels is not None:
-        return {"metric": "accuracy", "value": top1(answers, feeds.labels), "n": feeds.n, "runtime": name}
-    if samples is not None:
-        raise PlanishError(
-            f"data '{data}' has no 'labels', which accuracy needs; leave --data out for closeness to the original"
-        )
-    originals = {k.removeprefix("original."): v for k, v in golden.items() if k.startswith("original.")}
-    return {"metric": "cosine", "value": cosine(answers, originals), "n": feeds.n, "runtime": name}
+            causal = language.of_session(item, session) if language.is_causal(item) else None
+            names = [i["name"] for i in item.inputs]
+            yield _Opened(session.run, names, name, given, item.golden(), causal, language.stored(item))
+        return
+    if runtime not in (None, "pt2"):
+        raise PlanishError(f"'{spec}' is no artifact; it runs on 'pt2' only, not on '{runtime}'")
+    golden = dict(compressed_model.load(folder).golden) if (folder / "manifest.json").is_file() else {}
+    traced, given = _model_and_data(spec, weights, inputs, data, length)
+    causal = evaluation.language(traced) if evaluation.is_causal(traced) else None
+    names = [i.name for i in traced.inputs]
+    yield _Opened(lambda x: predict(traced, x), names, "pt2", given, golden, causal, traced.text)
+
+
+def _model_and_data(
+    spec: str,
+    weights: Path | None,
+    inputs: Mapping[str, Input] | None,
+    data: str | None,
+    length: int | None,
+) -> tuple[Model, Data | None]:
+    """A model and samples that fit it. Text becomes windows of `length` tokens by the model's own tokenizer."""
+    is_text = data is not None and text.is_text(data)
+    samples = load_data(data) if data is not None and not is_text else None
+    model = loading.load(spec, weights, inputs, samples)
+    if data is not None and is_text:
+        samples = text.load(data, model, length)
+    return model, check(samples, model.inputs) if samples else None
+
+
+def _to_original(found: _Opened, name: str) -> dict[str, Any]:
+    """Closeness to the original model on the golden samples."""
+    originals = {k.removeprefix("original."): v for k, v in found.golden.items() if k.startswith("original.")}
+    if not originals:
+        raise PlanishError(f"'{name}' carries no answers of an original model to compare with; give --data")
+    given = {k.removeprefix("input."): v for k, v in found.golden.items() if k.startswith("input.")}
+    answers = found.run(given)
+    report = {"metric": "cosine", "value": cosine(answers, originals), "n": len(next(iter(given.values())))}
+    if found.language is None:
+        return report
+    first = found.language.outputs[0]
+    scores = evaluation.of_scores(originals[first], answers[first])
+    return {**report, "kl": scores.kl, "agreement": scores.agreement}
+
+
+def _figures(row: Any) -> dict[str, Any]:
+    """A row of the diagnosis as plain values, without what is not known."""
+    found = _known(dataclasses.asdict(row))
+    return {k: {str(b): e for b, e in v.items()} if k == "sensitivity" else _known(v) if isinstance(v, dict) else v for k, v in found.items()}  # fmt: skip
 
 
 def _difference(got: np.ndarray, want: np.ndarray) -> float:
@@ -272,24 +412,6 @@ def _difference(got: np.ndarray, want: np.ndarray) -> float:
     a, b = got.astype(np.float64), want.astype(np.float64)
     apart = np.where((a == b) | (np.isnan(a) & np.isnan(b)), 0.0, np.abs(a - b))
     return float(np.nan_to_num(apart, nan=np.inf).max(initial=0.0))
-
-
-def top1(outputs: Mapping[str, np.ndarray], labels: np.ndarray) -> float:
-    """Share of samples whose largest score in the first output (n, classes) is the label's."""
-    scores = next(iter(outputs.values()))
-    if scores.ndim != 2:
-        raise PlanishError(f"accuracy needs an output of shape (n, classes); the first output has shape {scores.shape}")
-    return float((scores.argmax(1) == labels).mean())
-
-
-def cosine(outputs: Mapping[str, np.ndarray], originals: Mapping[str, np.ndarray]) -> float:
-    """Least cosine similarity over the outputs, each taken as one vector."""
-    found = []
-    for name, original in originals.items():
-        a, b = outputs[name].astype(np.float64).ravel(), original.astype(np.float64).ravel()
-        norms = float(np.linalg.norm(a) * np.linalg.norm(b))
-        found.append(float(a @ b) / norms if norms else float(np.array_equal(a, b)))
-    return min(found)
 
 
 def _keep_source(model: str, output: Path) -> None:
@@ -320,19 +442,58 @@ def _prepare(
     return Prepared(model, samples, test if test is not None and test.n else None)
 
 
+def _quality(original: Model, samples: Data) -> dict[str, Any]:
+    """What the report says of the original beside accuracy: perplexity of a causal model; the cosine of another is 1."""
+    if not evaluation.is_causal(original):
+        return {"metric": "cosine", "original": 1.0, "n": samples.n}
+    found = evaluation.perplexity(evaluation.language(original), _windows(samples))
+    return {"metric": "perplexity", "original": found.value, "n": found.n}
+
+
+def _compared(quality: dict[str, Any], original: Model, result: Model, samples: Data) -> dict[str, Any]:
+    """The same with the compressed model's figure; for a causal model also how close its next tokens are."""
+    if quality["metric"] == "cosine":
+        value = cosine(predict(result, samples.inputs), predict(original, samples.inputs))
+        return {**quality, "compressed": value}
+    windows = _windows(samples)
+    found = evaluation.perplexity(evaluation.language(result), windows)
+    close = evaluation.closeness(evaluation.language(original), evaluation.language(result), windows)
+    return {**quality, "compressed": found.value, "kl": close.kl, "agreement": close.agreement}
+
+
+def _windows(samples: Data) -> np.ndarray:
+    """The first rows of tokens, as many as the report scores."""
+    tokens = samples.inputs["input_ids"]
+    return tokens[: max(1, SCORED // tokens.shape[1])]
+
+
+def _milliseconds(model: Model, inputs: Mapping[str, np.ndarray]) -> float:
+    """Median time of a model in ONNX Runtime on one thread of this machine, written as export writes it."""
+    proto = lowered(to_onnx(model, lower=False))
+    accuracy_levels.choose(proto, inputs)
+    session = ort.create(proto.SerializeToString(), 1)
+    return measure.latency(lambda: session.run(None, dict(inputs)), 50, 10).p50
+
+
 def _samples(model: Model, data: Data | None) -> dict[str, np.ndarray]:
     """The first samples of the data; without data, seeded noise (integers: zeros) of the input shapes."""
     count = GOLDEN if model.batched else model.inputs[0].shape[0]
     if data is not None and (model.batched or data.n >= count):
-        return {k: v[:count] for k, v in data.inputs.items()}
+        return {i.name: _short(i, data.inputs[i.name][:count]) for i in model.inputs if i.name in data.inputs}
     generator = np.random.default_rng(0)
-    shapes = {i.name: ((count, *i.shape[1:]) if model.batched else i.shape, i.dtype) for i in model.inputs}
+    given = [i for i in model.inputs if not i.state]
+    shapes = {i.name: ((count, *i.shape[1:]) if model.batched else i.shape, i.dtype) for i in given}
     return {
         name: generator.standard_normal(shape, np.float32)
         if dtype.is_floating_point
         else np.zeros(shape, torch.empty(0, dtype=dtype).numpy().dtype)
         for name, (shape, dtype) in shapes.items()
     }
+
+
+def _short(item: Input, values: np.ndarray) -> np.ndarray:
+    """Golden samples (n, ...) of an input, cut to a few tokens along its dynamic dimensions."""
+    return values[tuple(slice(None, GOLDEN_LENGTH if item.dim(k) else None) for k in range(values.ndim))]
 
 
 def _source(
@@ -353,14 +514,16 @@ def _source(
             )
         item = compressed_model.load(path)
         golden = {k.removeprefix("input."): v for k, v in item.golden.items() if k.startswith("input.")}
-        origin = {k: item.manifest[k] for k in ("model", "recipe", "original", "compressed", "accuracy", "receipt")}
+        kept = ("model", "recipe", "original", "compressed", "accuracy", "quality", "receipt")
+        origin: dict[str, Any] = {k: item.manifest.get(k) for k in kept}
+        origin["text"] = item.model.text
         origin["golden"] = {k: v for k, v in item.golden.items() if not k.startswith("input.")}
         return _graphs(item.model, golden, name, path / compressed_model.PROGRAM), origin
     model = loading.load(spec, weights, inputs, data)
     samples = check(data, model.inputs) if data else None
     program = scratch / "model.pt2"
     program_file.save(model.program(), program)
-    return _graphs(model, _samples(model, samples), name, program), {"model": spec}
+    return _graphs(model, _samples(model, samples), name, program), {"model": spec, "text": model.text}
 
 
 def _graphs(model: Model, golden: Mapping[str, np.ndarray], name: str, program: Path) -> Source:
@@ -432,6 +595,8 @@ def _finish(
             )
     arrays = {k: np.ascontiguousarray(v) for k, v in sorted(golden.items())}
     (folder / "golden.safetensors").write_bytes(safetensors.numpy.save(arrays))
+    how = origin.pop("text", None)
+    said = None if how is None else language.store(how, folder)
     listing = sorted(p for p in folder.rglob("*") if p.is_file())
     manifest = {
         "format": kind,
@@ -447,6 +612,7 @@ def _finish(
         "golden_differences": differences,
         "details": dict(written.details),
         **_known({"flash_bytes": written.flash_bytes, "ram_bytes": written.ram_bytes}),
+        **_known({"text": said, "states": metadata.get(source.onnx, metadata.STATES) or None}),
         **origin,
         "files": {str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": files.sha256(p)} for p in listing},
     }
@@ -490,14 +656,7 @@ def _default_runtime(item: Artifact) -> str:
 
 def _fitting(item: Artifact, data: Data) -> Data:
     """The data in the order and dtypes of the artifact's inputs, checked as for a model."""
-    wanted = [Input(i["name"], (1, *i["shape"][1:]), getattr(torch, i["dtype"])) for i in item.inputs]
-    return check(data, wanted)
-
-
-def _golden_inputs(golden: Mapping[str, np.ndarray], name: str) -> Data:
-    if not any(k.startswith("original.") for k in golden):
-        raise PlanishError(f"'{name}' carries no answers of an original model to compare with; give --data with labels")
-    return Data({k.removeprefix("input."): v for k, v in golden.items() if k.startswith("input.")}, None, "golden")
+    return check(data, language.inputs(item))
 
 
 def _report(found: Profile, item: Artifact) -> dict[str, Any]:

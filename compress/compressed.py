@@ -5,6 +5,7 @@
     manifest.json        format "compressed", format_version, planish (version), model (what the user named), target,
                          recipe (as run, every field), inputs and outputs ({name, shape, dtype}; null: any batch),
                          original and compressed ({params, macs, bytes}), accuracy ({original, compressed, n} or null),
+                         quality ({metric, original, compressed, n} or null: perplexity, else the cosine to the original),
                          receipt (what happened to each tensor and why), files ({name: {bytes, sha256}})
 
 Nothing in it depends on when, where or how fast it was made: the same inputs give the same bytes.
@@ -63,9 +64,10 @@ def build(
     samples: Mapping[str, np.ndarray],
     accuracy: Mapping[str, Any] | None = None,
     version: str = "0",
+    quality: Mapping[str, Any] | None = None,
 ) -> Compressed:
     """The compressed model with its manifest and the answers of both models to `samples` (n, ...) by input name."""
-    arrays = {i.name: samples[i.name] for i in model.inputs}
+    arrays = {i.name: samples[i.name] for i in model.inputs if i.name in samples}
     before, after = predict(original, arrays), predict(model, arrays)
     golden = {f"input.{n}": a.copy() for n, a in arrays.items()}
     golden |= {f"original.{n}": a for n, a in before.items()}
@@ -82,6 +84,7 @@ def build(
         "original": summary(original),
         "compressed": summary(model),
         "accuracy": None if accuracy is None else dict(accuracy),
+        "quality": None if quality is None else dict(quality),
         "receipt": [dataclasses.asdict(e) for e in model.receipt],
     }
     return Compressed(model, manifest, golden)

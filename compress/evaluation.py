@@ -146,6 +146,13 @@ def closeness(original: Language, compressed: Language, windows: np.ndarray) -> 
     return Closeness(divergence / count, same / count, count)
 
 
+def of_scores(before: np.ndarray, after: np.ndarray) -> Closeness:
+    """KL divergence and agreement of scores (..., classes) that two models gave for the same samples."""
+    p, q = (torch.from_numpy(np.ascontiguousarray(x)).flatten(0, -2).double().log_softmax(1) for x in (before, after))
+    total, same = _divergence(p, q)
+    return Closeness(total / len(p), same / len(p), len(p))
+
+
 def divergence(before: torch.Tensor, after: torch.Tensor) -> float:
     """Mean over rows of KL(softmax(before) || softmax(after)) in nats; scores (..., classes)."""
     width = before.shape[-1]
