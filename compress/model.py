@@ -17,6 +17,7 @@ from torch.fx.graph import CodeGen
 from torch.utils._pytree import tree_leaves
 
 from ..common.errors import PlanishError, listed
+from .mapped import Mapped
 
 _EXAMPLE = 8
 """size with which a dynamic dimension besides the batch is traced again"""
@@ -91,6 +92,8 @@ class Model:
     """names of the outputs; () for 'output', or 'output_0', 'output_1', ..."""
     text: Text | None = None
     """what turns text into the model's inputs, for a language model; None for every other model"""
+    mapped: tuple[Mapped, ...] = ()
+    """files whose tensors the graph reads where they stand, so that their pages can be let go"""
 
     def __call__(self, *args: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
         """Outputs for input tensors in the order of `inputs`."""

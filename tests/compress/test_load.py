@@ -143,7 +143,21 @@ def test_integer_inputs(tmp_path: Path) -> None:
     assert asked.inputs == given.inputs == (Input("input", (1, 5), torch.int64),)
 
 
-@pytest.mark.parametrize("text", ["x", "x=", "=1,2", "x=1,0", "x=1,2:float99", "x=a", "x=-1,2"])
+def test_a_name_in_the_place_of_a_size_makes_the_dimension_dynamic(tmp_path: Path) -> None:
+    (tmp_path / "words.py").write_text(
+        "import torch\ndef net():\n    return torch.nn.Sequential(torch.nn.Embedding(9, 4), torch.nn.Linear(4, 2))\n"
+    )
+    item = loading.parse_input("input=1,length:int64")
+    model = loading.load(f"{tmp_path / 'words.py'}:net", None, {"input": item})
+    assert model.batched
+    assert model.inputs[0].dims == (None, "length")
+    for shape in ((1, 1), (3, 7)):
+        assert model(torch.zeros(shape, dtype=torch.int64)).shape == (*shape, 2)  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(PlanishError, match="dynamic dimension"):
+        loading.load(str(tmp_path / "a.onnx"), None, {"input": item})
+
+
+@pytest.mark.parametrize("text", ["x", "x=", "=1,2", "x=1,0", "x=1,2:float99", "x=a", "x=a,2", "x=1,2b", "x=-1,2"])
 def test_input_texts_that_are_not_understood(text: str) -> None:
     with pytest.raises(PlanishError, match="not understood"):
         loading.parse_input(text)
@@ -170,9 +184,7 @@ def test_what_is_no_model(code: Path, tmp_path: Path) -> None:
     refused("suffix '.txt'", str(tmp_path / "notes.txt"))
     (tmp_path / "w.safetensors").write_text("x")
     refused("holds weights only", str(tmp_path / "w.safetensors"))
-    refused("no compressed model", str(tmp_path))
-    (tmp_path / "config.json").write_text("{}")
-    refused("Hugging Face", str(tmp_path))
+    refused("no model folder", str(tmp_path))
     refused("carries its own weights", str(tmp_path / "a.pt2"), tmp_path / "w.safetensors")
     refused("carries its own input shapes", str(tmp_path / "a.pt2"), None, SHAPES)
 
