@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import abc
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -51,8 +51,38 @@ def left(reason: str) -> Replacement:
     return Replacement("", {}, {}, "", skipped=reason)
 
 
-class Linears(Pass):
-    """A method on linear layers. Fields that every such method has."""
+class Chosen(Pass):
+    """A pass on chosen linear layers. Fields that every such pass has."""
+
+    layers: tuple[str, ...] = ("*",)
+    """layers that are treated: globs of layer names"""
+    skip: tuple[str, ...] = HEAD
+    """layers left alone: globs of layer names; with lm_head among them an output projection that shares the embedding's table"""
+    samples: int = pydantic.Field(default=128, ge=1)
+    """calibration samples, drawn from the data by the recipe's seed"""
+
+    def wants(self, name: str) -> bool:
+        """Whether a layer name is chosen by `layers` and not by `skip`."""
+        return matches(name, self.layers) and not matches(name, self.skip)
+
+    def wanted(self, model: Model) -> Callable[[str], bool]:
+        """`wants` for the layers of a model, whose tied output projection counts as lm_head. Raises PlanishError for a glob that matches none."""
+        check_patterns(model, self._method(), (*self.layers, *(s for s in self.skip if s not in HEAD)))
+        tied = tied_heads(model) if matches(HEAD[0], self.skip) else set()
+        return lambda name: self.wants(name) and name not in tied
+
+    def batches(self, context: Context, model: Model) -> list[tuple[torch.Tensor, ...]]:
+        """Calibration batches. Raises PlanishError when there is no data."""
+        if context.data is None:
+            raise PlanishError(f"quantize.{self._method()} as configured calibrates on data; none was given")
+        return list(context.data.sample(self.samples, context.generator).batches(model, 8))
+
+    def _method(self) -> str:
+        return type(self).__module__.rpartition(".")[2]
+
+
+class Linears(Chosen):
+    """A method that replaces linear layers."""
 
     calibrates: ClassVar[bool] = False
     """whether `replacements` uses the moments of the layer's input"""
@@ -60,13 +90,6 @@ class Linears(Pass):
     """whether it uses their second moments (the Hessian)"""
 
     formats: ClassVar[tuple[str, ...]] = ("onnx", "pt2", "tvm")
-
-    layers: tuple[str, ...] = ("*",)
-    """layers that are quantized: globs of layer names"""
-    skip: tuple[str, ...] = HEAD
-    """layers left in float: globs of layer names; with lm_head among them an output projection that shares the embedding's table"""
-    samples: int = pydantic.Field(default=128, ge=1)
-    """calibration samples, drawn from the data by the recipe's seed"""
 
     @abc.abstractmethod
     def replacements(
@@ -78,33 +101,26 @@ class Linears(Pass):
         """Whether this configuration of the method calibrates."""
         return self.calibrates
 
-    def wants(self, name: str) -> bool:
-        """Whether a layer name is chosen by `layers` and not by `skip`."""
-        return matches(name, self.layers) and not matches(name, self.skip)
-
-    def _left(self, model: Model, tied: set[str]) -> list[Entry]:
-        """Lines of the receipt for linears that `skip` names."""
+    def _left(self, model: Model, wanted: Callable[[str], bool]) -> list[Entry]:
+        """Lines of the receipt for linears that `layers` names and `skip` leaves out."""
         found = []
         for node in model.graph.graph.nodes:
             name = layers.layer(node) if node.target is torch.ops.aten.linear.default else ""
-            if name and matches(name, self.layers) and (matches(name, self.skip) or name in tied):
+            if name and matches(name, self.layers) and not wanted(name):
                 item = linear(model.graph, node)
                 size = 0 if item is None else item.weight.numel() * 4
-                reason = "skipped: the output projection is tied to the embedding" if name in tied else "skipped"
+                reason = (
+                    "skipped" if matches(name, self.skip) else "skipped: an output projection tied to the embedding"
+                )
                 found += [Entry(f"{name}.weight", "left", reason, size, size)] if size else []
         return found
 
     def apply(self, model: Model, context: Context) -> Model:
         """Replace the chosen linears. Raises PlanishError when none is chosen and for weights that are not finite."""
-        method = type(self).__module__.rpartition(".")[2]
-        check_patterns(model, method, (*self.layers, *(s for s in self.skip if s not in HEAD)))
+        wanted = self.wanted(model)
         model = model.editable()
-        entries: list[Entry] = []
-        batches: list[tuple[torch.Tensor, ...]] = []
-        if self.reads_data():
-            if context.data is None:
-                raise PlanishError(f"quantize.{method} as configured calibrates on data; none was given")
-            batches = list(context.data.sample(self.samples, context.generator).batches(model, 8))
+        entries = self._left(model, wanted)
+        batches = self.batches(context, model) if self.reads_data() else []
 
         def visit(block: Block, members: Sequence[Sequence[Linear]], moments: Mapping[Node, Moments]) -> None:
             for group in members:
@@ -114,16 +130,7 @@ class Linears(Pass):
                 for item, replacement in zip(group, made, strict=True):
                     entries.append(replace(model.graph, item, replacement))
 
-        tied = tied_heads(model) if matches(HEAD[0], self.skip) else set()
-        entries += self._left(model, tied)
-        calibrate(
-            model,
-            batches,
-            lambda name: self.wants(name) and name not in tied,
-            visit,
-            products=self.products,
-            what=f"quantize.{method}",
-        )
+        calibrate(model, batches, wanted, visit, products=self.products, what=f"quantize.{self._method()}")
         layers.drop_unused(model.graph)
         return model.with_receipt(*entries)
 

@@ -1,0 +1,63 @@
+"""`Scaling`: the base of the methods that move size between activations and weights and leave the network in float.
+
+The channels of what a group of linears reads are divided by factors and the columns of their weights multiplied by them. A quantizing pass
+that follows rounds both. All factors are found on the given network, and then all are folded: each one is exact, so none of
+them changes what another one saw, but for the scale of rows, which rounding does not see.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import torch
+from torch.fx import Node
+
+from .. import foldings, layers
+from ..blocks import Block, Linear, calibrate
+from ..foldings import Folding
+from ..model import Entry, Model
+from ..moments import Moments
+from ..passes import Context
+from .linears import Chosen, check_weight
+
+
+class Scaling(Chosen):
+    """A method that scales the input channels of linear layers."""
+
+    needs_data: ClassVar[bool] = True
+
+    @abc.abstractmethod
+    def factors(self, members: Sequence[Linear], moments: Moments, folding: Folding) -> tuple[torch.Tensor, str]:
+        """What the tensor that `members` read is divided by, (folding.count,) > 0, and the choice in words for the receipt."""
+
+    def apply(self, model: Model, context: Context) -> Model:
+        """Scale the inputs of the chosen linears. Raises PlanishError when none is chosen and for weights that are not finite."""
+        wanted = self.wanted(model)
+        model = model.editable()
+        sizes = foldings.concrete(model)
+        found: list[tuple[Sequence[Linear], Folding, torch.Tensor, str]] = []
+
+        def visit(block: Block, members: Sequence[Sequence[Linear]], moments: Mapping[Node, Moments]) -> None:
+            for group in members:
+                for item in group:
+                    check_weight(item)
+                folding = foldings.find(model.graph, group[0].source, [m.node for m in group], sizes)
+                factors, choice = self.factors(group, moments[group[0].source], folding)
+                light = [Linear(m.name, m.node, m.source, torch.empty(0), None) for m in group]
+                found.append((light, folding, factors, choice))
+
+        calibrate(model, self.batches(context, model), wanted, visit, what=f"quantize.{self._method()}")
+        entries: list[Entry] = []
+        for group, folding, factors, choice in found:
+            where = folding.where
+            readers = [m.node for m in group]
+            foldings.divide(model.graph, group[0].source, readers, folding, factors)
+            for item in group:
+                foldings.scale_columns(model.graph, item.node, factors[folding.channels])
+                size = layers.value(model.graph, item.node.args[1]).numel() * 4
+                what = f"{self._method()}: columns multiplied, {choice}; the input is divided in {where}"
+                entries.append(Entry(f"{item.name}.weight", "folded", what, size, size))
+        layers.drop_unused(model.graph)
+        return model.with_receipt(*entries)
