@@ -262,35 +262,28 @@ def inspect(
         return _json(report)
     rows, bits = report["layers"], ("8", "4", "3", "2")
     stored = any("error" in r for r in rows)
-    seen = report["samples"] > 0
-    columns = ["layer", "op", "shape", "bits", "bytes", "MACs", "max |w|", "kurtosis"]
-    columns += ["error"] if stored else []
-    columns += ["max |x|", "kurtosis", "|x|>=6", "max/median", *(f"{b} bit" for b in bits)] if seen else []
-    table = _table(
-        *columns, title=f"{model}: {report['params']:,} weights, {report['macs']:,} MACs, {report['bytes']:,} bytes"
-    )
+    columns = ["layer", "op", "shape", "bits", "bytes", "MACs", "max |w|", "kurtosis", *(["error"] if stored else [])]
+    title = f"{model}: {report['params']:,} weights, {report['macs']:,} MACs, {report['bytes']:,} bytes"
+    sizes = _table(*columns, title=title)
     for r in rows:
-        x, errors = r.get("input", {}), r.get("sensitivity", {})
         cells = [r["name"], r["op"], "x".join(map(str, r.get("shape", ()))), str(r.get("bits", "")), _count(r["bytes"])]
         cells += [_count(r["macs"]), _number(r.get("weight_peak")), _number(r.get("weight_kurtosis"))]
-        cells += [_number(r.get("error"))] if stored else []
-        if seen:
-            cells += [
-                _number(x.get("peak")),
-                _number(x.get("kurtosis")),
-                str(x.get("columns", "")),
-                _number(x.get("ratio")),
-            ]
-            cells += [_number(errors.get(b)) for b in bits]
-        table.add_row(*cells)
-    _print(table)
+        sizes.add_row(*cells, *([_number(r.get("error"))] if stored else []))
+    _print(sizes)
+    if report["samples"]:
+        title = (
+            f"what layers read ({report['samples']} samples), and the relative error of their output with fewer bits"
+        )
+        columns = ["layer", "max |x|", "kurtosis", "|x|>=6", "max/median", *(f"{b} bit" for b in bits)]
+        read = _table(*columns, title=title)
+        for r in (r for r in rows if "input" in r):
+            errors = r.get("sensitivity", {})
+            read.add_row(r["name"], *_outliers(r["input"]), *(_number(errors.get(b)) for b in bits))
+        _print(read)
     if report["attention"]:
         outputs = _table("attention", "max |x|", "kurtosis", "|x|>=6", "max/median", title="outputs of attention")
         for r in report["attention"]:
-            x = r["output"]
-            outputs.add_row(
-                r["name"], _number(x["peak"]), _number(x["kurtosis"]), str(x["columns"]), _number(x.get("ratio"))
-            )
+            outputs.add_row(r["name"], *_outliers(r["output"]))
         _print(outputs)
 
 
@@ -425,6 +418,10 @@ def _table(*columns: str, title: str | None = None) -> Table:
         table.add_column(column, no_wrap=True)
     table.add_column(columns[-1], overflow="fold")
     return table
+
+
+def _outliers(x: dict[str, Any]) -> tuple[str, ...]:
+    return _number(x["peak"]), _number(x["kurtosis"]), str(x["columns"]), _number(x.get("ratio"))
 
 
 def _number(value: float | None) -> str:
