@@ -26,7 +26,7 @@ from ..kernels import fused as fused_ops
 from ..kernels import integer
 from ..kernels.tvm import lowering
 from ..kernels.tvm.lowering import VectorUnit
-from . import _tvm_compat, fused
+from . import _tvm_compat, fused, tvm_static
 
 DOMAINS = ("", "ai.onnx", fused.DOMAIN)
 BASELINE = VectorUnit(4, 16)
@@ -121,10 +121,9 @@ def fix_batch(model: onnx.ModelProto, samples: Mapping[str, np.ndarray] | None =
             empty.append(value)
     for value in empty:
         _start_empty(fixed.graph, value)
-    del fixed.graph.value_info[:]
-    for value in fixed.graph.output:  # inferred again below, now with numbers
+    for value in fixed.graph.output:  # known again below, now with numbers
         value.type.tensor_type.ClearField("shape")
-    return onnx.shape_inference.infer_shapes(fixed, strict_mode=False, data_prop=True)
+    return tvm_static.static(fixed)
 
 
 def _sizes(model: onnx.ModelProto, samples: Mapping[str, np.ndarray]) -> dict[str, int]:

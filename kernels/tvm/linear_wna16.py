@@ -10,7 +10,7 @@ import torch
 
 from .. import packing
 from .lowering import Lowering, Use
-from .packed import Packed, add_bias, linear
+from .packed import Packed, add_bias, linear, symmetric, unsigned
 
 
 class LinearWna16(Lowering):
@@ -19,14 +19,10 @@ class LinearWna16(Lowering):
     def lower(self, use: Use) -> Sequence[Any]:
         """The expression of y (..., out)."""
         bits, group = int(use.attributes["bits"]), int(use.attributes["group"])
-        zero = use.optional("zero_point")
-        weight = Packed(
-            unpacked(use.array("codes"), bits, group),
-            bits,
-            group,
-            use.array("scale"),
-            float(1 << (bits - 1)) if zero is None else zero,
-        )
+        codes, scale, zero = unpacked(use.array("codes"), bits, group), use.array("scale"), use.optional("zero_point")
+        weight = symmetric(codes, bits, group, scale)
+        if zero is not None:
+            weight = Packed(codes, bits, group, scale, unsigned, zero)
         return [add_bias(use, linear(use, use.tensors["x"], weight))]
 
 

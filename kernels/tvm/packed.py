@@ -19,12 +19,99 @@ import numpy as np
 
 from .lowering import Use, VectorUnit
 
-Decode = Callable[[Callable[[Any], Any], Any], Any]
-"""value(code, k): float32 of weight k of a group, where code(k) is the uint32 code of weight k"""
 MOST_ROWS, MOST_VECTORS = 8, 4
 """of a register tile: more rows and vectors than these bring no more products per load that count"""
+AVX512_LANES, AVX512_PERMUTE = 16, "llvm.x86.avx512.permvar.sf.512"
+"""a register that holds a whole table of 16 values, and the instruction that looks 16 codes up in it"""
 MOST_UNROLLED = 512
 """multiply-adds in the unrolled loop body"""
+
+
+class Reader:
+    """Reads the codes of one output in one group, as expressions inside a kernel."""
+
+    def __init__(self, tirx: Any, words: Any, tables: Any, bits: int, place: tuple[Any, Any, Any]) -> None:
+        """`words` as in the module's text, `tables` (n, width) or None, `place` (tile, group, lane)."""
+        self.tirx, self.bits = tirx, bits
+        self._words, self._tables, self._place = words, tables, place
+
+    def code(self, k: Any) -> Any:
+        """Code k of the group, uint32."""
+        return self._shifted(k) & self.tirx.const((1 << self.bits) - 1, "uint32")
+
+    def signed(self, k: Any) -> Any:
+        """Code k of the group as a number in two's complement, int32."""
+        above = self.tirx.const(32 - self.bits, "uint32")
+        return (self._shifted(k) << above).astype("int32") >> (32 - self.bits)
+
+    def look_up(self, index: int, code: Any) -> Any:
+        """Entry `code` (below 16) of table `index`: a permutation of a register that holds the table, else a tree of choices."""
+        tirx, tables = self.tirx, self._tables
+        assert tables is not None
+        if tables.lanes == AVX512_LANES:
+            table = tables.operand[index, tirx.floormod(self._place[2], AVX512_LANES)]
+            return tirx.call_llvm_pure_intrin("float32", AVX512_PERMUTE, table, code.astype("int32"))
+        entries: list[Any] = [tirx.const(float(v), "float32") for v in tables.values[index]]
+        for bit in range(4):
+            chosen = (code & tirx.const(1 << bit, "uint32")) != 0
+            entries = [
+                low if low is high else tirx.Select(chosen, high, low)
+                for low, high in zip(entries[0::2], entries[1::2], strict=True)
+            ]
+        return entries[0]
+
+    def _shifted(self, k: Any) -> Any:
+        """Code k at the low end of a word, other codes above it."""
+        tile, group, lane = self._place
+        word, shift = k * self.bits // 32, k * self.bits % 32
+        code = self._words[tile, group, word, lane] >> shift.astype("uint32")
+        if 32 % self.bits == 0:
+            return code
+        # it may go on in the next word; k is a number once the loop is unrolled
+        last = int(self._words.shape[2]) - 1
+        following = self._words[tile, group, self.tirx.min(word + 1, last), lane]
+        following = following << (32 - self.tirx.max(shift, 1)).astype("uint32")
+        return self.tirx.Select(shift + self.bits > 32, code | following, code)
+
+
+@dataclass(frozen=True)
+class Tables:
+    """Tables of 16 values that a kernel looks codes up in."""
+
+    operand: Any
+    """te placeholder (n, width): each table repeated along the width"""
+    values: np.ndarray
+    """(n, 16) float32"""
+    lanes: int
+
+
+Decode = Callable[[Reader, Any], Any]
+"""decode(reader, k): weight k of the group as float32"""
+
+
+def signed(reader: Reader, k: Any) -> Any:
+    """The code itself, in two's complement."""
+    return reader.signed(k).astype("float32")
+
+
+def unsigned(reader: Reader, k: Any) -> Any:
+    """The code itself."""
+    return reader.code(k).astype("int32").astype("float32")
+
+
+def table(reader: Reader, k: Any) -> Any:
+    """The code's entry in the first table."""
+    return reader.look_up(0, reader.code(k))
+
+
+def half_float(reader: Reader, k: Any) -> Any:
+    """The code's bits as a float16."""
+    return reader.tirx.reinterpret("float16", reader.code(k).astype("uint16")).astype("float32")
+
+
+def plain(scale: Any) -> Any:
+    """A stored scale as the number that it is."""
+    return scale.astype("float32")
 
 
 @dataclass(frozen=True)
@@ -32,16 +119,30 @@ class Packed:
     """A weight (out, in) as codes, for `linear`."""
 
     codes: np.ndarray
-    """(out, in) uint8"""
+    """(out, in) unsigned integers below 2^bits"""
     bits: int
     group: int
     """columns that share a scale; divides in"""
     scale: np.ndarray
-    """(out, in // group), float32 or another type that a cast widens"""
-    zero: np.ndarray | float = 0.0
-    """what is subtracted from every value: (out, in // group), uint8 or float32, or one number"""
-    decode: Decode | None = None
-    """the value of a code; None: the code itself as a number"""
+    """(out, in // group)"""
+    decode: Decode
+    zero: np.ndarray | None = None
+    """what is subtracted from every value: (out, in // group), uint8 or float32"""
+    tables: np.ndarray | None = None
+    """(n, 16) float32 for `Reader.look_up`"""
+    widen: Callable[[Any], Any] = plain
+    """the float32 scale of a stored one"""
+
+
+def symmetric(codes: np.ndarray, bits: int, group: int, scale: np.ndarray) -> Packed:
+    """Codes (out, in) with zero at 2^(bits - 1): stored in two's complement, so that nothing is subtracted."""
+    return Packed(codes ^ np.uint8(1 << (bits - 1)), bits, group, scale, signed)
+
+
+def half(weight: np.ndarray) -> Packed:
+    """A weight (out, in) in float16."""
+    ones = np.ones((len(weight), 1), np.float32)
+    return Packed(weight.astype(np.float16).view(np.uint16), 16, weight.shape[1], ones, half_float)
 
 
 @dataclass(frozen=True)
@@ -63,9 +164,10 @@ def linear(use: Use, x: Any, weight: Packed) -> Any:
     tiles = -(-out // width)
     operands = [use.reshape(x, (rows, groups, weight.group))]
     operands += [use.constant(a) for a in (_words(weight, width), _tiled(weight.scale, width))]
-    shifts = isinstance(weight.zero, np.ndarray)
-    if shifts:
-        operands.append(use.constant(_tiled(np.asarray(weight.zero), width)))
+    if weight.zero is not None:
+        operands.append(use.constant(_tiled(weight.zero, width)))
+    if weight.tables is not None:
+        operands.append(use.constant(np.tile(weight.tables, (1, -(-width // 16)))[:, :width].astype(np.float32)))
     function = _kernel(use, weight, tile, (rows, groups, tiles))
     (y,) = use.call(function, operands, [(rows, tiles, width)], rows * out * channels)
     y = use.reshape(y, (rows, tiles * width))
@@ -137,8 +239,13 @@ def _kernel(use: Use, weight: Packed, tile: Tile, extents: tuple[int, int, int])
     x = te.placeholder((rows, groups, group), "float32", name="x")
     words = te.placeholder((tiles, groups, length * bits // 32, width), "uint32", name="words")
     scale = te.placeholder((tiles, groups, width), str(weight.scale.dtype), name="scale")
-    operands = [x, words, scale]
-    decode = weight.decode or (lambda code, k: code(k).astype("int32").astype("float32"))
+    operands, zero, tables = [x, words, scale], None, None
+    if weight.zero is not None:
+        zero = te.placeholder((tiles, groups, width), str(weight.zero.dtype), name="zero")
+        operands.append(zero)
+    if weight.tables is not None:
+        tables = Tables(te.placeholder((len(weight.tables), width), "float32", "tables"), weight.tables, use.unit.lanes)
+        operands.append(tables.operand)
     lined = x
     if length != group:  # zeros meet the unused codes
         lined = te.compute(
@@ -149,41 +256,24 @@ def _kernel(use: Use, weight: Packed, tile: Tile, extents: tuple[int, int, int])
     k, g, c = te.reduce_axis((0, length), "k"), te.reduce_axis((0, groups), "g"), te.reduce_axis((0, group), "c")
 
     def product(i: Any, o: Any, g: Any, lane: Any) -> Any:
-        return decode(lambda k: _code(tirx, words, bits, (o, g, lane), k), k) * lined[i, g, k]
+        return weight.decode(Reader(tirx, words, tables, bits, (o, g, lane)), k) * lined[i, g, k]
 
     part = te.compute((rows, tiles, groups, width), lambda *at: te.sum(product(*at), axis=k), name="part")
-    total, zero = None, weight.zero
-    if isinstance(zero, np.ndarray) or zero:
+    total = None
+    if zero is not None:
         total = te.compute((rows, groups), lambda i, g: te.sum(x[i, g, c], axis=c), name="total")
-    if isinstance(zero, np.ndarray):
-        operands.append(te.placeholder((tiles, groups, width), str(zero.dtype), name="zero"))
 
     def centred(i: Any, o: Any, g: Any, lane: Any) -> Any:
-        if total is None:
+        if zero is None or total is None:
             return part[i, o, g, lane]
-        point = (
-            operands[-1][o, g, lane].astype("float32") if isinstance(zero, np.ndarray) else tirx.const(zero, "float32")
-        )
-        return part[i, o, g, lane] - point * total[i, g]
+        return part[i, o, g, lane] - zero[o, g, lane].astype("float32") * total[i, g]
 
     y = te.compute(
         (rows, tiles, width),
-        lambda i, o, lane: te.sum(scale[o, g, lane].astype("float32") * centred(i, o, g, lane), axis=g),
+        lambda i, o, lane: te.sum(weight.widen(scale[o, g, lane]) * centred(i, o, g, lane), axis=g),
         name="y",
     )
     return _schedule(use, te.create_prim_func([*operands, y]), tile, chunk(bits))
-
-
-def _code(tirx: Any, words: Any, bits: int, place: tuple[Any, Any, Any], k: Any) -> Any:
-    """Code k of output (o, lane) in group g, uint32: `place` is (o, g, lane)."""
-    o, g, lane = place
-    word, shift = k * bits // 32, k * bits % 32
-    code = words[o, g, word, lane] >> shift.astype("uint32")
-    if 32 % bits:  # it may go on in the next word; k is a number once the loop is unrolled
-        last = int(words.shape[2]) - 1
-        following = words[o, g, tirx.min(word + 1, last), lane] << (32 - tirx.max(shift, 1)).astype("uint32")
-        code = tirx.Select(shift + bits > 32, code | following, code)
-    return code & tirx.const((1 << bits) - 1, "uint32")
 
 
 def _schedule(use: Use, function: Any, tile: Tile, step: int) -> Any:
