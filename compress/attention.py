@@ -21,6 +21,8 @@ from .passes import matches
 aten = torch.ops.aten
 FUSED = "aten.scaled_dot_product_attention"
 SOFTMAX = ("aten.softmax", "aten._softmax")
+CHECK = "aten._assert_tensor_metadata"
+"""reads a tensor's type and no value"""
 PRODUCT = ("aten.matmul", "aten.bmm")
 MOVES = (
     *("aten.transpose", "aten.permute", "aten.reshape", "aten.view", "aten.flatten", "aten._unsafe_view"),
@@ -145,7 +147,7 @@ def _projection(mixed: Node) -> Node | None:
     """The linear layer behind the heads' outputs, through ops that only move values; a gate's product too."""
     node = mixed
     while True:
-        users = [u for u in node.users if layers.op(u)]
+        users = [u for u in node.users if layers.op(u) not in ("", CHECK)]
         if len(users) != 1:
             return None
         node = users[0]
@@ -158,8 +160,8 @@ def _projection(mixed: Node) -> Node | None:
 def _mixing(softmax: Node) -> Node | None:
     """The matrix product that the softmax weights, None when there is none."""
     node = softmax
-    while len(node.users) == 1:
-        node, before = next(iter(node.users)), node
+    while len(users := [u for u in node.users if layers.op(u) != CHECK]) == 1:
+        node, before = users[0], node
         if layers.op(node) in PRODUCT:
             return node if node.args[0] is before else None
         if layers.op(node) not in (*MOVES, *SCALING):
