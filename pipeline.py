@@ -430,9 +430,12 @@ def _prepare(
     trains: bool,
 ) -> Prepared:
     """Load model and data, check that they fit, and keep test samples apart when the recipe trains."""
-    samples = load_data(data) if data else None
-    test = load_data(test_data) if test_data else None
+    named = (data, test_data)
+    samples, test = (load_data(d) if d and not text.is_text(d) else None for d in named)
     model = loading.load(spec, weights, inputs, samples or test)
+    samples, test = (
+        text.load(d, model) if d and text.is_text(d) else x for d, x in zip(named, (samples, test), strict=True)
+    )
     samples = check(samples, model.inputs) if samples else None
     test = check(test, model.inputs) if test else samples
     if trains and test_data is None and samples is not None:

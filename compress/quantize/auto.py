@@ -27,7 +27,7 @@ from ..evaluation import is_causal
 from ..model import Entry, Input, Model
 from ..passes import Context, Pass, matches
 from . import knapsack, sensitivity
-from .linears import HEAD, Linears, Replacement, check_patterns, replace
+from .linears import HEAD, Linears, Replacement, check_patterns, replace, tied_heads
 from .sensitivity import Candidate
 
 FLOAT = "float"
@@ -78,7 +78,7 @@ class Auto(Pass):
     def apply(self, model: Model, context: Context) -> Model:
         """The quantized model. Raises PlanishError for an unknown choice, a glob without layers, and a budget that cannot be kept."""
         assert context.data is not None  # the pipeline has checked needs_data
-        offered = _Offers(self)
+        offered = _Offers(self, tied_heads(model))
         check_patterns(model, "auto", (*self.layers, *(p for p in self.pins if p not in HEAD)))
         items = _linears(model, self.layers)
         methods = {n: offered.for_layer(n) for n in items}
@@ -182,15 +182,16 @@ class _Option:
 class _Offers:
     """The formats that the fields name: those to choose from, and those that only pins use."""
 
-    def __init__(self, config: Auto) -> None:
-        self.config = config
+    def __init__(self, config: Auto, tied: set[str]) -> None:
+        self.config, self.tied = config, tied
         named = [*config.choices, *config.pins.values(), FLOAT]
         self.labels = list(dict.fromkeys(label(c) for c in named))
         self.methods = [_method(next(c for c in named if label(c) == text)) for text in self.labels]
 
     def for_layer(self, name: str) -> list[str]:
-        """Labels of the formats that a layer may take."""
-        pinned = [c for pattern, c in self.config.pins.items() if matches(name, [pattern])]
+        """Labels of the formats that a layer may take. An output projection tied to the embedding is pinned as lm_head too."""
+        names = [name, HEAD[0]] if name in self.tied else [name]
+        pinned = [c for pattern, c in self.config.pins.items() if any(matches(n, [pattern]) for n in names)]
         return [label(pinned[-1])] if pinned else [label(c) for c in self.config.choices]
 
 
