@@ -71,6 +71,16 @@ class Place:
     index: torch.Tensor
     """int64, broadcasts to the constant's shape"""
 
+    @property
+    def old(self) -> Node | None:
+        """The constant, None where there is none yet."""
+        return self.node.args[self.argument] if self.argument < len(self.node.args) else None  # pyright: ignore[reportReturnType]
+
+    @property
+    def name(self) -> str:
+        """The constant's name."""
+        return layers.parameter(self.old) or f"{layers.layer(self.node)}.gain"
+
 
 @dataclass(frozen=True)
 class Folding:
@@ -87,8 +97,7 @@ class Folding:
     @property
     def where(self) -> str:
         """Names of the constants that change, for the receipt."""
-        names = [layers.parameter(p.node.args[p.argument]) or p.node.name for p in self.places if p.argument != 2]
-        return ", ".join(names or [p.node.name for p in self.places]) or "a multiplication"
+        return ", ".join(p.name for p in self.places) or "a multiplication"
 
     def joined(self, statistic: torch.Tensor, reduce: str = "amax") -> torch.Tensor:
         """(count,) of a statistic (channels,): what channels with a common factor have together ('amax' or 'mean')."""
@@ -152,10 +161,8 @@ def divide(module: GraphModule, source: Node, readers: Sequence[Node], folding: 
     spread = torch.ones(size, dtype=torch.float64).index_copy_(0, folding.used, factors.double())
     for place in folding.places:
         divisor = spread[place.index]
-        old = place.node.args[place.argument] if place.argument < len(place.node.args) else None
-        value = _wide(module, old) if old is not None else torch.ones_like(divisor)
-        name = layers.parameter(old) or f"{layers.layer(place.node)}.gain"
-        layers.store(module, place.node, place.argument, name, _stored(value / divisor, place.node))
+        value = _wide(module, place.old) if place.old is not None else torch.ones_like(divisor)
+        layers.store(module, place.node, place.argument, place.name, _stored(value / divisor, place.node))
 
 
 def scale_columns(module: GraphModule, reader: Node, factors: torch.Tensor) -> None:

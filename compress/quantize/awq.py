@@ -2,8 +2,8 @@
 
     s = mean |x|^alpha, alpha in 0, 0.05, ..., 0.95: the one with the least output error |x W^T - (x / s) Q(W s)^T|^2
 
-s is divided by sqrt(max s min s), which keeps the weights' sizes. Q is the rounding that the quantizing pass behind will do: give both the
-same bits and group. (The paper's search for ranges is that pass's `clip`.)
+s is divided by sqrt(max s min s), which keeps the weights' sizes. Q is the rounding that the quantizing pass behind will do, its
+search for ranges included: give both the same fields. (The paper searches scales first with ranges that cover, then ranges.)
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from . import grids
 from .scaling import Scaling
 
 ROWS = 512
-"""activations that the output error is computed on"""
+"""activations, and outputs of a layer, that the error is computed on; both are spread evenly"""
 
 
 class Awq(Scaling):
@@ -33,6 +33,10 @@ class Awq(Scaling):
     """as in the pass that follows"""
     symmetric: bool = True
     """as in the pass that follows"""
+    clip: bool = True
+    """as in the pass that follows"""
+    calibrated: bool = True
+    """as in the pass that follows"""
     grid: int = pydantic.Field(default=20, ge=1)
     """values of alpha that are tried"""
 
@@ -40,24 +44,38 @@ class Awq(Scaling):
         """The best of the grid; alpha 0 (no scaling) is in it."""
         size = folding.joined(moments.mean_magnitude, "mean")  # (count,)
         size = torch.where(size > 0, size, size[size > 0].mean() if bool((size > 0).any()) else 1.0)
-        x = moments.kept[:: -(-len(moments.kept) // ROWS)]  # (rows, in)
+        x = _spread(moments.kept)  # (rows, in)
         square = x.T @ x if len(x) >= x.shape[1] else None
+        importance = moments.mean_square if self.calibrated else None
         best, chosen, least = torch.ones_like(size), 0.0, float("inf")
         for step in range(self.grid):
             factors = size ** (step / self.grid)
             factors = factors / (factors.max() * factors.min()).sqrt()
-            error = sum(self._error(m, x, square, factors[folding.channels]) for m in members)
+            spread = factors[folding.channels]  # (in,)
+            error = sum(self._error(m, x, square, importance, spread) for m in members)
             if error < least:
                 best, chosen, least = factors, step / self.grid, error
         return best, f"alpha {chosen:g}"
 
-    def _error(self, item: Linear, x: torch.Tensor, square: torch.Tensor | None, factors: torch.Tensor) -> float:
+    def _error(
+        self,
+        item: Linear,
+        x: torch.Tensor,
+        square: torch.Tensor | None,
+        importance: torch.Tensor | None,
+        factors: torch.Tensor,
+    ) -> float:
         """Squared error of a layer's output for x (rows, in); `square` is x^T x where that is smaller."""
-        scaled = item.weight * factors
-        grid = grids.fit(
-            scaled, self.bits, grids.group_size(item.name, x.shape[1], self.group), self.symmetric, clip=False
-        )
+        scaled = _spread(item.weight) * factors
+        group = grids.group_size(item.name, x.shape[1], self.group)
+        cost = None if importance is None else importance / factors**2
+        grid = grids.fit(scaled, self.bits, group, self.symmetric, self.clip, cost)
         off = (grid.decode(grid.encode(scaled)) - scaled).div_(factors)  # (out, in)
         if square is not None:
             return float(torch.sum((off @ square) * off, dtype=torch.float64))
         return float((x @ off.T).square_().sum(dtype=torch.float64))
+
+
+def _spread(rows: torch.Tensor) -> torch.Tensor:
+    """At most ROWS of them."""
+    return rows[:: max(1, -(-len(rows) // ROWS))]
