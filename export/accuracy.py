@@ -5,8 +5,8 @@ faster and is silent about what it costs. Neither default is right for every mod
 
 1. The model runs on the golden inputs at level 0 with a twin at level 4 beside every node. A node may take level 4 when
    |y4 - y0| <= BOUND * |y0| over all its outputs on these inputs (Frobenius norms).
-2. If the model's scores then name another class or token anywhere on the golden inputs (argmax of an output (n, classes), or of
-   one called logits), the nodes that err most go back to level 0: the longest prefix of the nodes, by growing error, that moves no
+2. If the model's scores then name another class or token anywhere on the golden inputs (argmax of a first output (n, classes), or
+   of one called logits), the nodes that err most go back to level 0: the longest prefix of the nodes, by growing error, that moves no
    argmax keeps level 4, found by bisection.
 3. Nodes of 8 or 2 bits that stay at level 0 are written as nodes of 4 bits with the same value, since those are the ones that
    multiply floats without decoding the weight on every call.
@@ -164,12 +164,12 @@ def _without_flips(model: onnx.ModelProto, inputs: Mapping[str, np.ndarray], nod
 
 
 def _scores(model: onnx.ModelProto) -> list[str]:
-    """Outputs whose largest element over the last axis is an answer: (n, classes), and logits of any shape."""
+    """Outputs whose largest element over the last axis is an answer: logits of any shape, and a first output (n, classes)."""
     return [
         o.name
-        for o in model.graph.output
+        for index, o in enumerate(model.graph.output)
         if o.type.tensor_type.elem_type == TensorProto.FLOAT
-        and (len(o.type.tensor_type.shape.dim) == 2 or o.name.endswith("logits"))
+        and (o.name.endswith("logits") or (index == 0 and len(o.type.tensor_type.shape.dim) == 2))
     ]
 
 
