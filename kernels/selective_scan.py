@@ -32,6 +32,9 @@ from onnx import GraphProto, TensorProto, ValueInfoProto, helper, numpy_helper
 from ..common.errors import PlanishError
 from .fused import Builder, Call, Fused, register
 
+TOGETHER = 8
+"""sequences that the reference takes at once, so that their states stay in the cache from step to step"""
+
 
 def states(
     x: torch.Tensor, delta: torch.Tensor, a_log: torch.Tensor, b: torch.Tensor, state: torch.Tensor
@@ -69,17 +72,37 @@ def selective_scan(
     state_scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The reference: y (batch, time, channels) and the last state; arguments as in the module's text."""
+    parts = [
+        _scan(*p, a_log, d, rotation, outer, inner, state_scale)
+        for p in zip(*(o.split(TOGETHER) for o in (x, delta, b, c, state)), strict=True)
+    ]
+    return torch.cat([y for y, _ in parts]), torch.cat([last for _, last in parts])
+
+
+def _scan(
+    x: torch.Tensor,
+    delta: torch.Tensor,
+    b: torch.Tensor,
+    c: torch.Tensor,
+    state: torch.Tensor,
+    a_log: torch.Tensor,
+    d: torch.Tensor,
+    rotation: torch.Tensor | None,
+    outer: torch.Tensor | None,
+    inner: torch.Tensor | None,
+    state_scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
     found: list[torch.Tensor] = []
-    last = state.clone()
+    last = state
     for t, last in enumerate(states(x, delta, a_log, b, state)):
         operand = rotated(last, rotation, outer, inner)  # (batch, channels, states)
         if state_scale > 0:
             operand = torch.clamp(torch.round(operand / state_scale), -128, 127) * state_scale
-        found.append((operand * c[:, t, None, :]).sum(-1))
+        found.append((operand @ c[:, t, :, None]).squeeze(-1))
     y = torch.stack(found, 1) if found else torch.zeros_like(x)
     if outer is not None and inner is not None:
         y = _mixed(outer, inner, y.transpose(1, 2)).transpose(1, 2)
-    return (y + d * x).contiguous(), last.contiguous()
+    return y + d * x, last
 
 
 def _mixed(outer: torch.Tensor, inner: torch.Tensor, h: torch.Tensor) -> torch.Tensor:

@@ -23,7 +23,7 @@ channels unequal. Scales s = max|X|^(1/2) / max|W|^(1/2) per channel are folded 
 
 R2 and R6 are nodes of planish::hadamard, R3 a product of two small Hadamard matrices in the scan. A carried scan
 state is kept in scaled units (S3, S4), so states of the original and of the rotated model are not interchangeable.
-Folds are computed in float64 and rounded once.
+Folds are computed in float64 and rounded once, to float32; embeddings and heads that are stored in 16 bits stay so.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class MambaRotations(Pass):
                 entries.append(Entry("residual stream", "left", f"not rotated: {stream}", 0, 0))
             else:
                 mean = sum(seen[b.name].normal.hessian() for b in found) / len(found) if self.klt else None
-                entries += _rotate_stream(module, stream, rotation, mean)
+                entries += _rotate_stream(module, stream, {b.in_proj for b in found}, rotation, mean)
             for block in found:
                 _rotate(module, block, seen.get(block.name), rotation)
                 entries.append(Entry(block.name, "folded", "MambaQuant rotations R1-R6", 0, 0))
@@ -175,8 +175,8 @@ class _Seen:
     """what out_proj reads; channels"""
     peak: torch.Tensor
     """(channels, states) largest |h| over the steps"""
-    state: Moments
-    """h seen as rows of states"""
+    second: torch.Tensor
+    """(states, states) float64, sum of h^T h over steps and channels"""
 
 
 class _Observer(Interpreter):
@@ -217,7 +217,7 @@ def _observe(module: GraphModule, found: Sequence[Block], batches: Batches) -> d
             Moments(states),
             Moments(channels),
             torch.zeros(channels, states),
-            Moments(states, products=True, keep=1),
+            torch.zeros(states, states, dtype=torch.float64),
         )
         seen[block.name] = s
         source = block.in_proj.args[0]
@@ -235,17 +235,18 @@ def _observe(module: GraphModule, found: Sequence[Block], batches: Batches) -> d
         show[block.low] = at(s.low, f"{block.name}.dt_proj")
         show[block.c] = at(s.c, f"{block.name}.x_proj")
         show[block.product] = at(s.product, f"{block.name}.out_proj")
-        show[block.scan] = _state_statistics(s, block.name)
+        show[block.scan] = _state_statistics(s)
     observe(module, show, batches)
     return seen
 
 
-def _state_statistics(seen: _Seen, name: str) -> Callable[[Any], None]:
+def _state_statistics(seen: _Seen) -> Callable[[Any], None]:
     def show(arguments: Any) -> None:
         x, delta, a_log, b, _, _, state, *_ = arguments
         for h in selective_scan.states(x, delta, a_log.float(), b, state):
             torch.maximum(seen.peak, h.abs().amax(0), out=seen.peak)
-            seen.state.add(h, name)
+            rows = h.flatten(0, 1)  # (batch x channels, states)
+            seen.second += rows.T @ rows
 
     return show
 
@@ -369,7 +370,25 @@ def _smooth_norm(module: GraphModule, block: Block, seen: _Seen) -> None:
 # --- rotations
 
 
-def _rotate_stream(module: GraphModule, stream: Residual, rotation: _Rotations, second: Any) -> list[Entry]:
+def _store_alike(module: GraphModule, node: Node, index: int, value: torch.Tensor) -> None:
+    """Store a parameter in the type in which it is stored now, so that 16-bit embeddings and heads do not double."""
+    old = node.args[index]
+    assert isinstance(old, Node)
+    kept = old if layers.is_constant(old) else old.all_input_nodes[0]
+    dtype = layers.read(module, kept).dtype
+    layers.store(module, node, index, str(layers.parameter(old)), value.to(dtype))
+    if dtype != torch.float32:
+        stored = node.args[index]
+        assert isinstance(stored, Node)
+        with module.graph.inserting_after(stored):
+            wide = module.graph.call_function(aten._to_copy.default, (stored,), {"dtype": torch.float32})
+        wide.meta["val"] = value.float()
+        node.update_arg(index, wide)
+
+
+def _rotate_stream(
+    module: GraphModule, stream: Residual, inside: set[Node], rotation: _Rotations, second: Any
+) -> list[Entry]:
     """R1: fold the gains into the linears behind the norms, then rotate everything that writes or reads the stream."""
     width = layers.value(module, stream.norms[0][0].gain).shape[0]
     r1 = rotation.offline(width, second)
@@ -378,7 +397,10 @@ def _rotate_stream(module: GraphModule, stream: Residual, rotation: _Rotations, 
         for node in readers:
             linear = _Linear(module, node)
             linear.weight = (linear.weight * gain) @ r1
-            linear.store()
+            if node in inside:
+                linear.store()
+            else:  # the head: other passes may leave it as it is
+                _store_alike(module, node, 1, linear.weight)
         norm.without_gain()
     for node in stream.writers:
         linear = _Linear(module, node)
@@ -386,7 +408,7 @@ def _rotate_stream(module: GraphModule, stream: Residual, rotation: _Rotations, 
         linear.store()
     for node in stream.embeddings:
         table = layers.value(module, node.args[0]).double() @ r1  # (vocabulary, width)
-        layers.store(module, node, 0, str(layers.parameter(node.args[0])), table.float())
+        _store_alike(module, node, 0, table)
     return [Entry("residual stream", "folded", "MambaQuant rotation R1, gains folded into the next linears", 0, 0)]
 
 
@@ -394,7 +416,7 @@ def _rotate(module: GraphModule, block: Block, seen: _Seen | None, rotation: _Ro
     """R2 to R6 of one block."""
     channels, states = layers.value(module, block.scan.args[2]).shape
     rank = layers.value(module, block.dt_proj.args[1]).shape[1]
-    r4 = rotation.offline(states, None if seen is None else seen.state.hessian())
+    r4 = rotation.offline(states, None if seen is None else seen.second)
     r5 = rotation.offline(rank, None if seen is None else seen.low.hessian())
     r3 = rotation.factors(channels)
     x_proj, dt_proj, out_proj = (_Linear(module, n) for n in (block.x_proj, block.dt_proj, block.out_proj))

@@ -90,7 +90,8 @@ class MambaQuant(Pass):
         for node, index in readers:
             node.update_arg(index, pairs[node.args[index]])  # pyright: ignore[reportArgumentType]
         for node in scans:
-            high = choose(states[node], self.observer, self.percentile, LEVELS // 2)[1]
+            seen, peak = states[node]
+            high = min(choose(seen, self.observer, self.percentile, LEVELS // 2)[1], peak)
             scale = torch.tensor(high / (LEVELS // 2 - 1), dtype=torch.float32)
             node.update_arg(STATE_SCALE, float(scale))
             reason = f"int8 symmetric in front of the product with C, range by {self.observer}"
@@ -150,29 +151,30 @@ def _quantize_weight(module: GraphModule, node: Node) -> Entry:
     return Entry(name, "quantized", "int8 symmetric per channel", 4 * value.numel(), after, error)
 
 
-def _states(module: GraphModule, scans: Iterable[Node], batches: Batches) -> dict[Node, Statistics]:
-    """Statistics of |h|, as each scan rotates it, over all steps."""
+def _states(module: GraphModule, scans: Iterable[Node], batches: Batches) -> dict[Node, tuple[Statistics, float]]:
+    """Statistics of |h|, as each scan rotates it, over all steps, and its maximum, in one run: the histogram's range doubles when it must."""
     found = {n: Statistics(0.0, 0.0, torch.zeros(BINS, dtype=torch.float64)) for n in scans}
+    peaks = dict.fromkeys(found, 0.0)
 
-    def magnitudes(arguments: Any) -> Iterable[torch.Tensor]:
-        x, delta, a_log, b, _, _, state, rotation, outer, inner, _ = arguments
-        for h in selective_scan.states(x, delta, a_log.float(), b, state):
-            yield selective_scan.rotated(h, rotation, outer, inner).abs()
+    def add(node: Node) -> Callable[[Any], None]:
+        stats = found[node]
 
-    def peak(stats: Statistics) -> Callable[[Any], None]:
         def show(arguments: Any) -> None:
-            stats.high = max(stats.high, *(float(m.max()) for m in magnitudes(arguments)))
-
-        return show
-
-    def histogram(stats: Statistics) -> Callable[[Any], None]:
-        def show(arguments: Any) -> None:
-            for m in magnitudes(arguments):
-                stats.counts += torch.histc(m, BINS, 0.0, stats.high).double()
+            x, delta, a_log, b, _, _, state, rotation, outer, inner, _ = arguments
+            for h in selective_scan.states(x, delta, a_log.float(), b, state):
+                values = selective_scan.rotated(h, rotation, outer, inner).abs()
+                largest = float(values.max())
+                peaks[node] = max(peaks[node], largest)
+                stats.high = stats.high or largest
+                while largest > stats.high > 0:
+                    halved = stats.counts.reshape(-1, 2).sum(1)
+                    stats.counts = torch.cat([halved, torch.zeros(BINS // 2, dtype=torch.float64)])
+                    stats.high *= 2
+                if stats.high > 0:
+                    stats.counts += torch.histc(values, BINS, 0.0, stats.high).double()
 
         return show
 
     if found:
-        observe(module, {n: peak(s) for n, s in found.items()}, batches)
-        observe(module, {n: histogram(s) for n, s in found.items() if s.high > 0}, batches)
-    return found
+        observe(module, {n: add(n) for n in found}, batches)
+    return {n: (s, peaks[n]) for n, s in found.items()}
