@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from ...kernels import codebooks
+from ...kernels import codebooks, linear_codebook
 from ..blocks import Linear
 from .linears import Replacement
+
+assert linear_codebook.LinearCodebook  # its import defines the op
 
 
 def coded(item: Linear, name: codebooks.Name, group: int, nested: bool = False) -> Replacement:
