@@ -97,7 +97,7 @@ def compress(
         raise PlanishError(f"recipe '{plan.name}' needs data for {listed(needy)}; give --data")
     prepared = _prepare(model, weights, inputs, data, test_data, any(step.trains for _, step in plan.passes))
     original = prepared.model
-    program_file.dump(original.program(), model)  # a model that cannot be stored is refused now, not after the work
+    program_file.check(original.program(), model)  # a model that cannot be stored is refused now, not after the work
     test = prepared.test if prepared.test is not None and prepared.test.labels is not None else None
     accuracy: dict[str, Any] | None = None
     if (

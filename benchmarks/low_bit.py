@@ -73,7 +73,7 @@ def story():
 
     rows = tokens["generated"].astype(np.int64)[:, :LENGTH]
     stories = np.concatenate([windows(v[1:]) for k, v in sorted(tokens.items()) if k != "generated"])
-    return story_model.traced(), rows[: CALIBRATION // 2], np.concatenate([stories, rows[CALIBRATION // 2 :]])
+    return story_model.model(), rows[: CALIBRATION // 2], np.concatenate([stories, rows[CALIBRATION // 2 :]])
 
 
 def trained(name):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -63,7 +64,8 @@ def load(
     if inputs and (path.suffix == ".pt2" or path.is_dir()):
         raise PlanishError(f"'{spec}' carries its own input shapes; --input belongs to a factory or an .onnx file")
     if path.suffix == ".pt2":
-        return from_program(program_file.load(path), None, spec)
+        program, mapped = program_file.open_mapped(path)
+        return replace(from_program(program, None, spec), mapped=(mapped,))
     if path.is_dir():
         return _from_folder(path)
     if path.suffix in (".safetensors", *weights.PICKLES):

@@ -6,9 +6,12 @@ next `release`. Passes replace tensors and do not write into them (`Model.editab
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import mmap
+import os
+import zlib
 from pathlib import Path
 
 import safetensors
@@ -21,21 +24,47 @@ DTYPES = {
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 """the element types of a safetensors file that planish reads"""
+CHUNK = 1 << 24
+"""bytes that are read at a time where a whole file is gone through"""
 
 
 class Mapped:
     """One file, mapped. The pages that were read stay in memory until `release`, or until the system needs the room."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
         with path.open("rb") as file:
-            empty = path.stat().st_size == 0
-            self._map = None if empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            self.size = os.fstat(file.fileno()).st_size
+            self._map: mmap.mmap | bytearray = (
+                mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) if self.size else bytearray()
+            )
+
+    @staticmethod
+    def of_bytes(content: bytes | memoryview) -> Mapped:
+        """The same interface to a file's content that is in memory."""
+        made = object.__new__(Mapped)
+        made._map, made.size = bytearray(content), len(content)
+        return made
+
+    def part(self, offset: int, size: int) -> bytes:
+        """A part of the file."""
+        return bytes(memoryview(self._map)[offset : offset + size])
+
+    def file(self) -> io.RawIOBase:
+        """A file object that reads the content from its beginning."""
+        return _Reader(self)
+
+    def crc32(self, offset: int, size: int) -> int:
+        """Check sum of a part of the file; its pages are let go again."""
+        found = 0
+        for start in range(offset, offset + size, CHUNK):
+            found = zlib.crc32(self.part(start, min(CHUNK, offset + size - start)), found)
+            self.release()
+        return found
 
     def tensor(self, dtype: torch.dtype, shape: tuple[int, ...], offset: int) -> torch.Tensor:
         """The contiguous tensor whose first byte is at `offset`. The caller has checked that it lies within the file."""
         count = math.prod(shape)
-        if count == 0 or self._map is None:
+        if count == 0:
             return torch.empty(shape, dtype=dtype)
         if offset % dtype.itemsize:  # a kernel may read aligned words only
             raw = bytearray(self._map[offset : offset + count * dtype.itemsize])
@@ -44,8 +73,34 @@ class Mapped:
 
     def release(self) -> None:
         """Let go of all pages that were read; the next read of a tensor takes them from the file again."""
-        if self._map is not None:
+        if isinstance(self._map, mmap.mmap):
             self._map.madvise(mmap.MADV_DONTNEED)
+
+
+class _Reader(io.RawIOBase):
+    """Sequential reading of a mapped file, for libraries that want a file object."""
+
+    def __init__(self, source: Mapped) -> None:
+        self._source, self._place = source, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._place
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self._place = max(0, offset + (0, self._place, self._source.size)[whence])
+        return self._place
+
+    def read(self, size: int | None = -1) -> bytes:
+        end = self._source.size if size is None or size < 0 else min(self._place + size, self._source.size)
+        found = self._source.part(self._place, max(0, end - self._place))
+        self._place += len(found)
+        return found
 
 
 def safetensors_file(path: Path) -> tuple[Mapped, dict[str, torch.Tensor]]:

@@ -18,6 +18,7 @@ import json
 import keyword
 import math
 import re
+import struct
 import types
 import typing
 import warnings
@@ -40,6 +41,7 @@ from torch.export.pt2_archive._package import load_pt2
 
 from ..common.errors import PlanishError, listed
 from ..kernels import affine, fused
+from .mapped import Mapped
 
 _ = affine  # its import defines planish::quantize and planish::dequantize, which programs name
 
@@ -53,6 +55,8 @@ MEMBER = re.compile(
     r"|data/sample_inputs/model\.pt|extra/[^/\\]+"
 )
 """members of an archive, below its root folder; sample inputs and extra files are never read"""
+RECORD = re.compile(r"data/(weights/weight|constants/tensor)_\d+")
+"""members that hold a tensor's raw bytes; they are read where they stand"""
 
 Rule = Callable[[str], str | None]
 """what is wrong with a string, None when nothing is"""
@@ -62,73 +66,130 @@ class Refused(Exception):
     """A part of a file that planish does not accept; the message says which and why."""
 
 
+Tensors = dict[str, tuple[torch.Tensor, schema.PayloadMeta]]
+
+
 @dataclasses.dataclass(frozen=True)
 class Contents:
     """An accepted archive: the program's JSON form, and its tensors by name."""
 
     program: schema.ExportedProgram
-    weights: dict[str, tuple[torch.Tensor, schema.PayloadMeta]]
-    constants: dict[str, tuple[torch.Tensor, schema.PayloadMeta]]
+    weights: Tensors
+    constants: Tensors
+    hollow: bool = False
+    """whether stand-ins of one element stand for the tensors"""
 
 
 def save(program: torch.export.ExportedProgram, path: Path) -> None:
     """Write a program: no sample inputs, no stack traces, no paths. The same program gives the same bytes.
 
-    Raises PlanishError as `dump` does.
+    Tensors go to the file one by one, from where they are. Raises PlanishError as `check` does.
     """
-    path.write_bytes(dump(program, str(path)))
+    skeleton = _skeleton(program, str(path))
+    weights = {n: (program.state_dict[n].detach(), meta) for n, (_, meta) in skeleton.weights.items()}
+    held = typing.cast("dict[str, torch.Tensor]", program.constants)  # `_skeleton` refuses whatever is no tensor
+    constants = {n: (held[n].detach(), meta) for n, (_, meta) in skeleton.constants.items()}
+    with path.open("wb") as file:
+        pack(Contents(skeleton.program, weights, constants), file)
 
 
-def dump(program: torch.export.ExportedProgram, name: str) -> bytes:
-    """The bytes that `save` writes. `name` is what the message calls the program.
+def check(program: torch.export.ExportedProgram, name: str) -> None:
+    """Raise PlanishError for a program that `load` would refuse (custom classes, control flow, foreign operators).
 
-    Raises PlanishError for a program that `load` would refuse (custom classes, control flow, foreign operators).
+    `name` is what the message calls the program. No tensor is read.
     """
-    raw = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "No complete tensor found")  # slices of a larger tensor: `pack` cuts them out
-        torch.export.save(program, raw)
-    try:
-        return pack(read(raw.getvalue()))
-    except Refused as error:
-        raise PlanishError(f"'{name}' cannot be written: {error}") from None
+    _skeleton(program, name)
 
 
 def load(path: Path) -> torch.export.ExportedProgram:
-    """Read a program saved by planish or by torch.export.save (torch 2.8 or newer). Nothing in the file is executed.
+    """As `open_mapped`, for who needs the program only."""
+    return open_mapped(path)[0]
 
-    Raises PlanishError for a missing, truncated or foreign file and for every part that could run code.
+
+def open_mapped(path: Path) -> tuple[torch.export.ExportedProgram, Mapped]:
+    """A program saved by planish or by torch.export.save (torch 2.8 or newer), and the mapped file that holds its tensors.
+
+    Nothing in the file is executed. Raises PlanishError for a missing, truncated or foreign file and for every part that could
+    run code.
     """
     try:
-        clean = pack(read(path.read_bytes()))
+        mapped = Mapped(path)
+        contents = read(mapped)
+        clean = io.BytesIO()
+        pack(Contents(contents.program, _stand_ins(contents.weights), _stand_ins(contents.constants), True), clean)
     except OSError as error:
         raise PlanishError(f"program '{path}' cannot be read: {error.strerror}") from None
     except Refused as error:
         raise PlanishError(f"program '{path}' is refused: {error}") from None
     try:
-        return load_pt2(io.BytesIO(clean)).exported_programs["model"]
+        program = load_pt2(io.BytesIO(clean.getvalue())).exported_programs["model"]
     except Exception as error:  # torch raises many types for a graph that contradicts itself
         reason = (str(error).strip() or type(error).__name__).splitlines()[-1][:200]
         raise PlanishError(f"program '{path}' is not consistent: {reason}") from None
+    _replace(program, {n: t for n, (t, _) in (contents.weights | contents.constants).items()})
+    return program, mapped
 
 
-def pack(contents: Contents) -> bytes:
-    """The archive's bytes. Tensors that share their data share a record; every record holds its tensor and no more."""
-    buffer = io.BytesIO()
-    with PT2ArchiveWriter(buffer) as writer:  # a buffer gets the fixed root folder 'archive'
-        _pack_tensors(writer, contents.weights, WEIGHTS, WEIGHTS_CONFIG, "weight_")
-        _pack_tensors(writer, contents.constants, CONSTANTS, CONSTANTS_CONFIG, "tensor_")
+# ---- tensors and their stand-ins
+
+
+def _stand_in(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor of the same shape and type that stores a single element."""
+    return torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
+
+
+def _stand_ins(tensors: Tensors) -> Tensors:
+    return {n: (_stand_in(t), meta) for n, (t, meta) in tensors.items()}
+
+
+def _replace(program: torch.export.ExportedProgram, values: dict[str, torch.Tensor]) -> None:
+    """Put tensors in the place of the program's, in place; a parameter stays one."""
+    for owner in (program.state_dict, program.constants):
+        for name, old in list(owner.items()):
+            if name in values:
+                new = values[name]
+                if isinstance(old, torch.nn.Parameter):
+                    new = new if isinstance(new, torch.nn.Parameter) else torch.nn.Parameter(new, old.requires_grad)
+                owner[name] = new
+
+
+def _plain(tensor: object) -> typing.TypeGuard[torch.Tensor]:
+    """Whether the tensor is one that torch.export.save writes as raw bytes: no subclass, dense."""
+    return type(tensor) in (torch.Tensor, torch.nn.Parameter) and getattr(tensor, "layout", None) is torch.strided
+
+
+def _skeleton(program: torch.export.ExportedProgram, name: str) -> Contents:
+    """What `read` accepts of the program, with stand-ins for its tensors."""
+    every: dict[str, object] = {**program.state_dict, **program.constants}
+    fitting = {n: t for n, t in every.items() if _plain(t)}
+    raw = io.BytesIO()
+    _replace(program, {n: _stand_in(t) for n, t in fitting.items()})
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "No complete tensor found")  # the stand-ins' single elements
+            torch.export.save(program, raw)
+    finally:
+        _replace(program, fitting)
+    try:
+        return read(Mapped.of_bytes(raw.getbuffer()), hollow=True)
+    except Refused as error:
+        raise PlanishError(f"'{name}' cannot be written: {error}") from None
+
+
+# ---- writing
+
+
+def pack(contents: Contents, file: typing.IO[bytes]) -> None:
+    """Write an archive. Tensors that share their data share a record; every record holds its tensor and no more."""
+    with PT2ArchiveWriter(file) as writer:  # a file object gets the fixed root folder 'archive'
+        _pack_tensors(writer, contents.weights, WEIGHTS, WEIGHTS_CONFIG, "weight_", contents.hollow)
+        _pack_tensors(writer, contents.constants, CONSTANTS, CONSTANTS_CONFIG, "tensor_", contents.hollow)
         writer.write_string(PROGRAM, _json(contents.program))
         writer.write_bytes(SAMPLES, b"")
-    return buffer.getvalue()
 
 
 def _pack_tensors(
-    writer: PT2ArchiveWriter,
-    tensors: dict[str, tuple[torch.Tensor, schema.PayloadMeta]],
-    folder: str,
-    config_file: str,
-    prefix: str,
+    writer: PT2ArchiveWriter, tensors: Tensors, folder: str, config_file: str, prefix: str, hollow: bool
 ) -> None:
     config: dict[str, schema.PayloadMeta] = {}
     records: dict[tuple[object, ...], str] = {}
@@ -136,14 +197,14 @@ def _pack_tensors(
         key = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
         shared = tensor.numel() > 0 and key in records
         record = records[key] if shared else f"{prefix}{len(records)}"
-        dense = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+        size = tensor.element_size() * (min(1, tensor.numel()) if hollow else tensor.numel())
+        dense = hollow or tensor.is_contiguous() or tensor.untyped_storage().nbytes() == size
         kept = tensor if dense else tensor.contiguous()
         if not shared:
             records[key if tensor.numel() else (name,)] = record
-            flat = torch.empty(0, dtype=kept.dtype).set_(
-                kept.untyped_storage() if dense else kept.clone().untyped_storage()
-            )
-            writer.write_bytes(folder + record, flat.view(torch.uint8).numpy().tobytes() if kept.numel() else b"")
+            start = kept.storage_offset() * kept.element_size()
+            data = kept.untyped_storage()[start : start + size] if size else b""
+            writer.archive_file.write_record(folder + record, data, size)
         assert meta.tensor_meta is not None  # `read` refuses entries without
         tensor_meta = dataclasses.replace(
             meta.tensor_meta,
@@ -162,29 +223,44 @@ def _json(value: object) -> str:
 # ---- reading
 
 
-def read(archive: bytes) -> Contents:
-    """Take an archive apart. Raises Refused for anything that is not plainly a graph of known ops with raw tensors."""
+def read(source: Mapped, hollow: bool = False) -> Contents:
+    """Take an archive apart. Raises Refused for anything that is not plainly a graph of known ops with raw tensors.
+
+    `hollow`: the archive was made with stand-ins of one element for its tensors.
+    """
     fused.ops()  # defines the ops that a program may name
-    members = _members(archive)
-    if members.get("archive_format") != b"pt2" or members["archive_version"] != b"0":
+    members = _members(source)
+    if members.text.get("archive_format") != b"pt2" or members.text["archive_version"] != b"0":
         raise Refused("not a pt2 archive of version 0")
-    if members.get("byteorder", b"little") != b"little":
+    if members.text.get("byteorder", b"little") != b"little":
         raise Refused("its tensors are stored big-endian; little-endian is accepted")
-    program = _parse(schema.ExportedProgram, members[PROGRAM], PROGRAM)
+    program = _parse(schema.ExportedProgram, members.text[PROGRAM], PROGRAM)
     with _named(PROGRAM):
         _strip(program)
         _check(program, schema.ExportedProgram, _identifier)
     return Contents(
         program,
-        _tensors(members, WEIGHTS_CONFIG, WEIGHTS, "weight_"),
-        _tensors(members, CONSTANTS_CONFIG, CONSTANTS, "tensor_"),
+        _tensors(members, WEIGHTS_CONFIG, WEIGHTS, "weight_", hollow),
+        _tensors(members, CONSTANTS_CONFIG, CONSTANTS, "tensor_", hollow),
+        hollow,
     )
 
 
-def _members(archive: bytes) -> dict[str, bytes]:
-    """Members by name below the root folder, all listed in MEMBER, stored without compression, each once."""
+@dataclasses.dataclass(frozen=True)
+class _Members:
+    """An archive's members by their names below its root folder."""
+
+    source: Mapped
+    text: dict[str, bytes]
+    """content of everything that is no tensor"""
+    records: dict[str, tuple[int, int]]
+    """offset and bytes of every tensor's record in the file"""
+
+
+def _members(source: Mapped) -> _Members:
+    """Members listed in MEMBER, stored without compression, each once, and their check sums right."""
     try:
-        with zipfile.ZipFile(io.BytesIO(archive)) as file:
+        with source.file() as raw, zipfile.ZipFile(raw) as file:
             infos = file.infolist()
             names = [i.filename for i in infos]
             if "serialized_exported_program.json" in names:
@@ -198,17 +274,32 @@ def _members(archive: bytes) -> dict[str, bytes]:
             if len(set(names)) < len(names):
                 raise Refused(f"members occur twice: {listed(sorted({n for n in names if names.count(n) > 1}))}")
             packed = [i.filename for i in infos if i.compress_type != zipfile.ZIP_STORED]
-            if packed or sum(i.file_size for i in infos) > len(archive):
+            if packed or sum(i.file_size for i in infos) > source.size:
                 raise Refused(f"compressed members {listed(packed)}; torch.export.save stores them plainly")
-            cut = {i.filename: i.filename[len(root) + 1 :] for i in infos}
-            wanted = {k: v for k, v in cut.items() if v != SAMPLES and not v.startswith("extra/")}
-            members = {v: file.read(k) for k, v in wanted.items()}
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
+            text: dict[str, bytes] = {}
+            records: dict[str, tuple[int, int]] = {}
+            for info in infos:
+                name = info.filename[len(root) + 1 :]
+                if RECORD.fullmatch(name):
+                    records[name] = _place(source, file, info)
+                elif name != SAMPLES and not name.startswith("extra/"):
+                    text[name] = file.read(info)
+    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, ValueError, struct.error) as error:
         raise Refused(f"not a whole zip archive ({error})") from None
-    lacking = [n for n in NEEDED if n not in members]
+    lacking = [n for n in NEEDED if n not in text]
     if lacking:
         raise Refused(f"not a program saved by torch.export.save: {listed(lacking)} missing")
-    return members
+    return _Members(source, text, records)
+
+
+def _place(source: Mapped, file: zipfile.ZipFile, info: zipfile.ZipInfo) -> tuple[int, int]:
+    """Offset and size of a member's bytes, its check sum compared; `file.open` checks its header."""
+    with file.open(info):
+        lengths = struct.unpack("<HH", source.part(info.header_offset + 26, 4))  # of the name, of the extra field
+    start = info.header_offset + 30 + sum(lengths)
+    if start + info.file_size > source.size or source.crc32(start, info.file_size) != info.CRC:
+        raise zipfile.BadZipFile(f"bad check sum of {info.filename!r}")
+    return start, info.file_size
 
 
 def _parse(kind: type[Any], text: bytes, name: str) -> Any:
@@ -229,15 +320,13 @@ def _strip(program: schema.ExportedProgram) -> None:
         node.metadata = {}
 
 
-def _tensors(
-    members: dict[str, bytes], config_file: str, folder: str, prefix: str
-) -> dict[str, tuple[torch.Tensor, schema.PayloadMeta]]:
+def _tensors(members: _Members, config_file: str, folder: str, prefix: str, hollow: bool) -> Tensors:
     """Tensors by name, from raw records of exactly their dtype and within their bounds."""
-    config = _parse(schema.PayloadConfig, members[config_file], config_file)
+    config = _parse(schema.PayloadConfig, members.text[config_file], config_file)
     with _named(config_file):
         _check(config, schema.PayloadConfig, _identifier)
     records: dict[tuple[str, torch.dtype], torch.Tensor] = {}
-    found: dict[str, tuple[torch.Tensor, schema.PayloadMeta]] = {}
+    found: Tensors = {}
     for name, meta in config.config.items():
         if meta.use_pickle or meta.tensor_meta is None:
             raise Refused(
@@ -245,22 +334,22 @@ def _tensors(
                 " no script object) and save the program again"
             )
         record = folder + meta.path_name
-        if not re.fullmatch(prefix + r"\d+", meta.path_name) or record not in members:
+        if not re.fullmatch(prefix + r"\d+", meta.path_name) or record not in members.records:
             raise Refused(f"the record '{record}' of '{name}' is missing")
         dtype = _SERIALIZE_TO_TORCH_DTYPE.get(meta.tensor_meta.dtype)
         if dtype is None or meta.tensor_meta.layout != schema.Layout.Strided:
             raise Refused(f"'{name}' has an unknown dtype or is not a dense tensor")
         if (meta.path_name, dtype) not in records:
-            raw = bytearray(members[record])
-            if len(raw) % dtype.itemsize:
-                raise Refused(f"'{name}' has {len(raw)} bytes, which is no whole number of {dtype} elements")
-            records[meta.path_name, dtype] = torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype)
+            offset, size = members.records[record]
+            if size % dtype.itemsize:
+                raise Refused(f"'{name}' has {size} bytes, which is no whole number of {dtype} elements")
+            records[meta.path_name, dtype] = members.source.tensor(dtype, (size // dtype.itemsize,), offset)
         flat = records[meta.path_name, dtype]
         sizes, strides = _ints(meta.tensor_meta.sizes, name), _ints(meta.tensor_meta.strides, name)
         (offset,) = _ints([meta.tensor_meta.storage_offset], name)
         last = offset + sum((n - 1) * s for n, s in zip(sizes, strides, strict=False))
         numel = math.prod(sizes)
-        if len(sizes) != len(strides) or numel > flat.numel() or (numel > 0 and last >= flat.numel()):
+        if len(sizes) != len(strides) or (numel > flat.numel() and not hollow) or (numel > 0 and last >= flat.numel()):
             raise Refused(f"'{name}' has the shape {sizes}, which its {flat.numel()} stored elements do not fill")
         found[name] = (torch.as_strided(flat, sizes, strides, offset) if numel else flat.new_empty(sizes), meta)
     return found
@@ -305,7 +394,9 @@ FUNCTIONS = _words(
     "Symbol Integer Add Mul FloorDiv CeilDiv CleanDiv Mod PythonMod Max Min Identity ModularIndexing Equality Unequality"
     " LessThan StrictLessThan GreaterThan StrictGreaterThan And Or Not"
 )
-"""functions in the printed form of a shape expression; powers are left out, which could be huge"""
+"""functions in the printed form of a shape expression; of powers, which could be huge, only those of a dimension (see POWERS)"""
+POWERS = (2, 3, 4)
+"""exponents that a dimension may have: attention has length x length scores"""
 
 
 def _symbol(text: str) -> str | None:
@@ -326,8 +417,12 @@ def _expression(text: str) -> str | None:
 def _expression_ok(tree: ast.expr) -> bool:
     if isinstance(tree, ast.Name):
         return tree.id in ("true", "false")
-    if not (isinstance(tree, ast.Call) and isinstance(tree.func, ast.Name) and tree.func.id in FUNCTIONS):
+    if not (isinstance(tree, ast.Call) and isinstance(tree.func, ast.Name) and tree.func.id in (*FUNCTIONS, "Pow")):
         return False
+    if tree.func.id == "Pow":
+        parts = [ast.unparse(a) for a in tree.args]
+        symbol = len(parts) == 2 and parts[0].startswith("Symbol(") and not tree.keywords
+        return symbol and parts[1] in [f"Integer({n})" for n in POWERS] and _expression_ok(tree.args[0])
     if tree.func.id == "Symbol":
         flags = all(
             k.arg and isinstance(k.value, ast.Constant) and isinstance(k.value.value, bool) for k in tree.keywords
@@ -351,7 +446,7 @@ SYM_OPS = _words(
 """arithmetic on shapes"""
 INNER_OPS = _words(
     "_softmax _log_softmax _safe_softmax _to_copy _unsafe_view _native_batch_norm_legit_no_training _adaptive_avg_pool2d"
-    " _assert_scalar _assert_tensor_metadata _scaled_dot_product_flash_attention_for_cpu _weight_norm"
+    " _assert_scalar _assert_tensor_metadata __and__ __or__ _scaled_dot_product_flash_attention_for_cpu _weight_norm"
     " _weight_norm_interface"
 )
 """ATen ops with a leading underscore that programs contain; the others are internals of torch"""

@@ -101,7 +101,7 @@ def find(model: Model) -> Stream | str:
         elif _own_weight(node) and layers.op(node) in ("aten.linear", "aten.embedding"):
             writers.append(node)
         else:
-            inlets.append(node)
+            inlets.append(_converted(node))
     sources = {n.stream for n in normed}
     outlets = [
         (node, user)
@@ -194,6 +194,12 @@ def keeps_vectors(node: Node, sizes: Mapping[Node, tuple[int, ...]]) -> bool:
     if kind == "aten.permute":
         return int(list(node.args[1])[-1]) % rank == rank - 1  # pyright: ignore[reportArgumentType]
     return kind in CHOOSING and kept and int(layers.argument(node, "dim")) % rank != rank - 1
+
+
+def _converted(node: Node) -> Node:
+    """The one conversion that reads a tensor stored in 16 bits, else the tensor."""
+    users = [u for u in node.users if layers.op(u) not in SILENT]
+    return users[0] if len(users) == 1 and layers.op(users[0]) in ("aten.to", "aten._to_copy") else node
 
 
 def operands(node: Node) -> list[Node]:

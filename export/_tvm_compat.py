@@ -24,6 +24,8 @@ def load() -> Any:
         import tvm
         from tvm import relax, s_tir, te, tirx, topi
         from tvm.relax.frontend.onnx import onnx_frontend
+        from tvm.script.ir_builder import IRBuilder
+        from tvm.script.ir_builder import tirx as script
     except ImportError as error:
         raise missing_extra("apache-tvm", "tvm", "the TVM format and runtime") from error
     if not tvm.__version__.startswith(TESTED):
@@ -36,6 +38,8 @@ def load() -> Any:
         tirx=tirx,
         topi=topi,
         onnx_frontend=onnx_frontend,
+        IRBuilder=IRBuilder,
+        script=script,
         Schedule=s_tir.Schedule,
         ScheduleError=s_tir.ScheduleError,
         PrimFunc=tirx.PrimFunc,

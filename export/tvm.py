@@ -57,6 +57,8 @@ class Compiled:
     """{name, shape, dtype} each"""
     fused: tuple[str, ...]
     """fused ops that the model uses, sorted"""
+    rounds: bool
+    """whether one of them rounds activations to codes while the model runs"""
     packed_bytes: int
     """constants that the kernels of fused ops read"""
 
@@ -73,7 +75,11 @@ class Tvm(Format):
     def write(self, source: Source, target: Target, folder: Path) -> Written:
         """Compile for `target`, batch 1, and link `model.so`. Raises as `Format.write` does, and Missing without TVM or zig."""
         llvm = llvm_target(target)
-        fixed = tvm_import.fix_batch(source.fused or source.onnx, source.golden_inputs)
+        graph = source.fused or source.onnx
+        fixed, sizes = (
+            tvm_import.fix_batch(graph, source.golden_inputs),
+            tvm_import.sizes_of(graph, source.golden_inputs),
+        )
         records = tuning.shipped(tvm_schedule.vector_unit(target).lanes)
         if self.tune_trials:
             if target.kind != "host":
@@ -88,6 +94,9 @@ class Tvm(Format):
         rows = [_row(name, s) for name, s in sorted(kernels.items())]
         bare = [name for name, s in kernels.items() if s.origin == "none" and s.workload is not None]
         warnings = []
+        if sizes:
+            said = ", ".join(f"{name} {size}" for name, size in sizes.items())
+            warnings.append(f"compiled for the sizes of the golden samples ({said}) and no others, each state empty")
         if any(s.workload and s.workload.macs for n, s in kernels.items() if n in bare):
             warnings.append(
                 f"no schedule fits {listed(bare)}: they keep TVM's plain loops, about {UNSCHEDULED_FACTOR} times slower "
@@ -117,6 +126,7 @@ class Tvm(Format):
             ram_bytes=compiled.workspace_bytes + compiled.widened_bytes,
             details={
                 "batch": 1,
+                "sizes": sizes,
                 "tvm": _tvm_compat.load().tvm.__version__,
                 "llvm_target": llvm,
                 "features": list(target.features),
@@ -168,6 +178,7 @@ def compile_model(
     workspace, outputs = _workspace(module, kernels), _outputs(fixed, module["main"].ret_ty)
     stored = tvm_weights.store_codes(module) if rewritten.layers else tvm_weights.Stored(module)
     executable = ir.tvm.compile(stored.module, target=ir.Target(llvm_target(target)))
+    nodes, lowerings = [n for n in fixed.graph.node if n.domain == fused.DOMAIN], lowering.lowerings()
     return Compiled(
         executable=executable,
         kernels=kernels,
@@ -178,7 +189,8 @@ def compile_model(
         code_bytes=stored.code_bytes,
         widened_bytes=stored.widened_bytes,
         outputs=outputs,
-        fused=tuple(sorted({n.op_type for n in fixed.graph.node if n.domain == fused.DOMAIN})),
+        fused=tuple(sorted({n.op_type for n in nodes})),
+        rounds=any(lowerings[n.op_type].rounds(fused.call(n).attributes) for n in nodes),
         packed_bytes=sum(a.nbytes for _, a in imported.packed),
     )
 
@@ -307,9 +319,8 @@ def _max_error(compiled: Compiled, measured: Measured) -> float:
     that code can move later ones; accepted are four steps of the output's grid. Activations quantized by a fused op while the
     model runs have no fixed grid: one code off is accepted as a share of the largest output.
     """
-    rewritten, kernels = compiled.rewritten, lowering.lowerings()
-    moved = any(kernels[op].rounds for op in compiled.fused)
-    reordered = (ROUNDED_TOLERANCE if moved else FLOAT_TOLERANCE) * (measured.largest_output or 1.0)
+    rewritten = compiled.rewritten
+    reordered = (ROUNDED_TOLERANCE if compiled.rounds else FLOAT_TOLERANCE) * (measured.largest_output or 1.0)
     if not rewritten.layers:
         return reordered
     if rewritten.output_step and all(layer.arithmetic.startswith("exact") for layer in rewritten.layers):

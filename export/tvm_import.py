@@ -26,7 +26,7 @@ from ..kernels import fused as fused_ops
 from ..kernels import integer
 from ..kernels.tvm import lowering
 from ..kernels.tvm.lowering import VectorUnit
-from . import _tvm_compat, fused, tvm_static
+from . import _tvm_compat, fused, metadata, tvm_static
 
 DOMAINS = ("", "ai.onnx", fused.DOMAIN)
 BASELINE = VectorUnit(4, 16)
@@ -94,18 +94,19 @@ class Imported:
 def fix_batch(model: onnx.ModelProto, samples: Mapping[str, np.ndarray] | None = None) -> onnx.ModelProto:
     """The model with batch 1 in place of a symbolic first dimension, and other symbolic dimensions as large as in `samples`.
 
-    `samples` are (n, ...) arrays by input name. An input that they lack is a state that starts empty: it becomes a constant of
-    zeros (of size 0 where it grows). Raises PlanishError for a symbolic dimension whose size no sample tells.
+    `samples` are (n, ...) arrays by input name. A state that they lack starts empty: it becomes a constant of zeros (of size 0
+    where it grows). Raises PlanishError for a symbolic dimension whose size no sample tells.
     """
     fixed = onnx.ModelProto()
     fixed.CopyFrom(model)
-    sizes = _sizes(model, samples or {})
+    samples = samples or {}
+    sizes, states = sizes_of(model, samples), metadata.get(model, metadata.STATES)
     constants = {t.name for t in fixed.graph.initializer}
     empty: list[onnx.ValueInfoProto] = []
     for value in fixed.graph.input:
         if value.name in constants:
             continue
-        absent = bool(samples) and value.name not in (samples or {})
+        absent = value.name in states and value.name not in samples
         for index, dim in enumerate(value.type.tensor_type.shape.dim):
             if dim.HasField("dim_value") and dim.dim_value > 0:
                 continue
@@ -126,8 +127,8 @@ def fix_batch(model: onnx.ModelProto, samples: Mapping[str, np.ndarray] | None =
     return tvm_static.static(fixed)
 
 
-def _sizes(model: onnx.ModelProto, samples: Mapping[str, np.ndarray]) -> dict[str, int]:
-    """Size of each symbolic dimension besides the batch that the samples tell."""
+def sizes_of(model: onnx.ModelProto, samples: Mapping[str, np.ndarray]) -> dict[str, int]:
+    """Size of each symbolic dimension besides the batch that samples (n, ...) by input name tell."""
     return {
         dim.dim_param: samples[value.name].shape[index]
         for value in model.graph.input

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar
 
 import numpy as np
@@ -22,7 +23,10 @@ class Pt2(Runtime):
     def open(self, artifact: Artifact, threads: int) -> Pt2Session:
         """Load model.pt2 without running any code that the file brings."""
         path = artifact.folder / "model.pt2"
-        return Pt2Session(artifact, from_program(program_file.load(path), None, str(path)), threads)
+        program, mapped = program_file.open_mapped(path)
+        names = tuple(o["name"] for o in artifact.outputs)
+        model = replace(from_program(program, None, str(path)), names=names, mapped=(mapped,))
+        return Pt2Session(artifact, model, threads)
 
 
 class Pt2Session(Session):

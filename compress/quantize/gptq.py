@@ -97,7 +97,7 @@ class Gptq(IntegerLinears):
                 scale[start // group], zero[start // group] = local.scale[:, 0], local.zero[:, 0]
             for k in range(start, stop):
                 step_size, middle = scale[places[k]], zero[places[k]]  # (out,)
-                code = torch.round(target[k] / step_size).add_(middle).clamp_(0, 2**self.bits - 1)
+                code = (target[k] / step_size).add_(middle).round_().clamp_(0, 2**self.bits - 1)
                 codes[k] = code
                 error[k] = rows[k] - (code - middle) * step_size
                 target[k + 1 : stop].addr_(ratio[k, k + 1 : stop], error[k])

@@ -30,11 +30,11 @@ class Grid:
     scale: torch.Tensor
     """(out, groups) float32, not 0"""
     zero: torch.Tensor
-    """(out, groups) float32, integers from 0 to 2^bits - 1"""
+    """(out, groups) float32; `fit` gives integers from 0 to 2^bits - 1"""
 
     def encode(self, weight: torch.Tensor) -> torch.Tensor:
         """Codes (out, in) uint8 of a weight (out, in), rounded half to even."""
-        codes = torch.round(self._split(weight) / self.scale[..., None]).add_(self.zero[..., None])
+        codes = (self._split(weight) / self.scale[..., None]).add_(self.zero[..., None]).round_()
         return codes.clamp_(0, 2**self.bits - 1).to(torch.uint8).reshape(weight.shape)
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:

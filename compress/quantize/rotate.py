@@ -12,12 +12,12 @@ orthogonal, and W becomes W R, so y stays.
 R is a Hadamard matrix with random signs, in equal blocks where the size has none. For R1 it may be K H instead, K the eigenvectors of the
 second moments of what the norms give (float64): each channel of X K H then has the same mean square (MambaQuant, section 4.1).
 Where a tensor enters or leaves the stream other than through a linear of its own, as with an embedding that the head shares, the
-rotation stands in the graph. What was done, and where it did not fit and why, is in the receipt.
+rotation stands in the graph. Computed in float64 and rounded once, to float32; tables and heads that are stored in 16 bits stay so. What was done, and where it did not fit and why, is in the receipt.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -107,7 +107,7 @@ class Rotate(Chosen):
                 entries.append(Entry("residual stream", "left", f"not rotated offline: {found}", 0, 0))
             else:
                 second = self._second(model, found, context) if self.kind == "klt-hadamard" else None
-                entries += _rotate_stream(module, found, Rotation(found.width, context.generator, second))
+                entries += _rotate_stream(module, found, Rotation(found.width, context.generator, second), wanted)
                 done |= {r for n in found.norms for r in n.readers}
         if self.online:
             entries += _fold_gains(
@@ -147,8 +147,10 @@ class Rotate(Chosen):
         return moments.hessian()
 
 
-def _rotate_stream(module: GraphModule, found: Stream, rotation: Rotation) -> list[Entry]:
-    """R1 in place; the lines of the receipt."""
+def _rotate_stream(
+    module: GraphModule, found: Stream, rotation: Rotation, wanted: Callable[[str], bool]
+) -> list[Entry]:
+    """R1 in place; the lines of the receipt. Layers that are not `wanted` are rotated too, and stay in the type they are stored in."""
     centred = found.norms[0].centred
 
     def written(rows: torch.Tensor) -> torch.Tensor:
@@ -159,13 +161,13 @@ def _rotate_stream(module: GraphModule, found: Stream, rotation: Rotation) -> li
         normal = _normalized(module, norm)
         if norm.readers:
             for node in norm.readers:
-                _fold_norm(module, norm, node, rotation)
+                _fold_norm(module, norm, node, rotation, alike=not wanted(layers.layer(node)))
             norm.node.replace_all_uses_with(normal)
         else:
             _restore(module, norm, normal, rotation, f"rotation.norm_{index}")
     for node in found.writers:
         if layers.op(node) == "aten.embedding":
-            _write(module, node, 0, written(_read(module, node.args[0])))
+            _write_alike(module, node, 0, written(_read(module, node.args[0])))
             continue
         _write(module, node, 1, written(_read(module, node.args[1]).T).T)
         if layers.argument(node, "bias") is not None:
@@ -239,7 +241,9 @@ def _normalized(module: GraphModule, norm: stream.Norm, keep_mean: bool = False)
     return made
 
 
-def _fold_norm(module: GraphModule, norm: stream.Norm, node: Node, rotation: Rotation | None) -> None:
+def _fold_norm(
+    module: GraphModule, norm: stream.Norm, node: Node, rotation: Rotation | None, alike: bool = False
+) -> None:
     """Let a linear take over the norm's gain and shift, and read the stream rotated."""
     weight = _read(module, node.args[1])  # (out, width)
     if norm.shift is not None:
@@ -247,7 +251,8 @@ def _fold_norm(module: GraphModule, norm: stream.Norm, node: Node, rotation: Rot
         moved = weight @ _read(module, norm.shift)  # (out,)
         _write(module, node, 2, moved if bias is None else moved + _read(module, bias), layers.bias_name(node), node.args[1])  # fmt: skip
     gain = 1.0 if norm.gain is None else _read(module, norm.gain)
-    _write(module, node, 1, weight * gain if rotation is None else rotation.turn(weight * gain))
+    write = _write_alike if alike else _write
+    write(module, node, 1, weight * gain if rotation is None else rotation.turn(weight * gain))
 
 
 def _restore(module: GraphModule, norm: stream.Norm, normal: Node, rotation: Rotation, name: str) -> None:
@@ -317,6 +322,20 @@ def _write(
     assert name is not None
     wide = layers.read(module, _constant(old)).dtype == torch.float64
     layers.store(module, node, index, name, value if wide else value.float())
+
+
+def _write_alike(module: GraphModule, node: Node, index: int, value: torch.Tensor) -> None:
+    """The same in the type in which the parameter is stored: tables and heads, which other passes leave, do not grow."""
+    old: Any = node.args[index]
+    converted, dtype, name = old.op != "get_attr", layers.read(module, _constant(old)).dtype, layers.parameter(old)
+    assert name is not None
+    layers.store(module, node, index, name, value.to(dtype))
+    if converted:
+        stored: Any = node.args[index]
+        with module.graph.inserting_after(stored):
+            made = module.graph.call_function(aten._to_copy.default, (stored,), {"dtype": torch.float32})
+        made.meta["val"] = value.float()
+        node.update_arg(index, made)
 
 
 def _like(value: torch.Tensor, source: Node) -> torch.Tensor:

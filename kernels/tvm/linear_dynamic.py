@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from ..linear_dynamic import PER_TENSOR
 from . import activations
@@ -15,7 +15,9 @@ from .packed import add_bias, linear, symmetric
 class LinearDynamic(Lowering):
     """Equal to the reference within float32 rounding; the activation codes are the reference's."""
 
-    rounds: ClassVar[bool] = True
+    def rounds(self, attributes: Mapping[str, Any]) -> bool:
+        """They always are."""
+        return True
 
     def lower(self, use: Use) -> Sequence[Any]:
         """The expression of y (..., out)."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from ..linear_fp8 import LEAST, MAX
 from . import activations
@@ -17,7 +17,9 @@ LAYOUTS = {"e4m3": (3, -6), "e5m2": (2, -14)}
 class LinearFp8(Lowering):
     """Equal to the reference within float32 rounding; rounded activations are the reference's."""
 
-    rounds: ClassVar[bool] = True
+    def rounds(self, attributes: Mapping[str, Any]) -> bool:
+        """Whether activations are rounded."""
+        return attributes["activations"] != "none"
 
     def lower(self, use: Use) -> Sequence[Any]:
         """The expression of y (..., out)."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -19,7 +19,9 @@ class LinearInt8Outlier(Lowering):
     are stored in float16, which rounds codes * scale. Raises PlanishError for the dynamic form.
     """
 
-    rounds: ClassVar[bool] = True
+    def rounds(self, attributes: Mapping[str, Any]) -> bool:
+        """They always are."""
+        return True
 
     def lower(self, use: Use) -> Sequence[Any]:
         """The expressions of y (..., out) and of the count of values beyond the threshold."""

@@ -6,8 +6,8 @@ Four bits: a table for pairs without outlier and one for codes beside the identi
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +20,9 @@ from .packed import Decode, Packed, Reader, add_bias, linear
 class LinearOvp(Lowering):
     """Equal to the reference within float32 rounding; rounded activations are the reference's."""
 
-    rounds: ClassVar[bool] = True
+    def rounds(self, attributes: Mapping[str, Any]) -> bool:
+        """Whether activations are rounded."""
+        return int(attributes["x_bits"]) > 0
 
     def lower(self, use: Use) -> Sequence[Any]:
         """The expression of y (..., out)."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -17,7 +17,9 @@ from .packed import add_bias, half, linear, symmetric
 class LinearSvd(Lowering):
     """Equal to the reference within float32 rounding; the activation codes are the reference's."""
 
-    rounds: ClassVar[bool] = True
+    def rounds(self, attributes: Mapping[str, Any]) -> bool:
+        """Whether activations are rounded."""
+        return int(attributes["activation_bits"]) < FLOAT_BITS
 
     def lower(self, use: Use) -> Sequence[Any]:
         """The expression of y (..., out)."""

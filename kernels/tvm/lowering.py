@@ -9,7 +9,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
@@ -49,7 +49,7 @@ class Use:
     """int, float, string and list arguments by name"""
     unit: VectorUnit
     ir: Any
-    """TVM's namespaces: relax, te, tirx, Schedule"""
+    """TVM's namespaces: relax, te, tirx, Schedule, IRBuilder, script"""
     builder: Any
     """relax.BlockBuilder"""
     constants: list[np.ndarray] = field(default_factory=list)
@@ -108,15 +108,16 @@ class Use:
 class Lowering(abc.ABC):
     """The Relax form of one fused op."""
 
-    rounds: ClassVar[bool] = False
-    """whether it rounds activations to codes, so that the last bit of a float may move one"""
-
     @abc.abstractmethod
     def lower(self, use: Use) -> Sequence[Any]:
         """Relax expressions of the op's outputs, equal to the reference within float32 rounding unless the file says otherwise.
 
         Raises PlanishError for an argument that is computed where a constant is needed.
         """
+
+    def rounds(self, attributes: Mapping[str, Any]) -> bool:
+        """Whether the op with these attributes rounds activations to codes, so that the last bit of a float may move one."""
+        return False
 
 
 def lowerings() -> dict[str, Lowering]:

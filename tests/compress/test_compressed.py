@@ -15,7 +15,7 @@ from planish.common.errors import PlanishError
 from planish.compress import compressed, program_file
 from planish.compress.compressed import Compressed
 from planish.compress.load import load as load_model
-from planish.compress.model import Entry, Model, trace
+from planish.compress.model import Entry, Input, Model, Text, predict, trace
 
 
 class Net(torch.nn.Module):
@@ -203,3 +203,57 @@ def test_build_keeps_the_original_apart(folder: Path) -> None:
     difference = built.golden["expected.output_0"] - built.golden["original.output_0"]
     np.testing.assert_allclose(difference, 1.0, atol=1e-6)
     assert built.manifest["model"] == "net.py:Net"
+
+
+class Counter(torch.nn.Module):
+    """A language model of sorts: scores from the tokens so far, whose sum of embeddings is carried along."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = torch.nn.Embedding(7, 4)
+
+    def forward(self, input_ids: torch.Tensor, past: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        present = torch.cat([past, self.table(input_ids)], 1)
+        return present.cumsum(1)[:, past.shape[1] :] @ self.table.weight.T, present
+
+
+def test_names_dimensions_states_and_the_tokenizer_are_kept(tmp_path: Path) -> None:
+    ids = torch.zeros(1, 4, dtype=torch.int64)
+    declared = (
+        Input("input_ids", (1, 4), torch.int64, (None, "length")),
+        Input("past", (1, 3, 4), torch.float32, (None, "before", None), state=True),
+    )
+    traced = trace(Counter(), {"input_ids": ids, "past": torch.zeros(1, 3, 4)}, "counter", declared)
+    before = replace(traced, names=("logits", "present"), text=Text('{"a": 1}', 2, 16, True))
+    samples = {"input_ids": np.arange(12).reshape(2, 6) % 7}
+    built = compressed.build(before, before, RECIPE, "host", samples)
+    built.save(tmp_path / "small")
+    after = compressed.load(tmp_path / "small").model
+    assert (after.inputs, after.names, after.text) == (before.inputs, before.names, before.text)
+    assert predict(after, samples)["logits"].shape == (2, 6, 7)
+    manifest = json.loads((tmp_path / "small" / "manifest.json").read_text())
+    assert manifest["inputs"][1] == {"name": "past", "shape": [None, "before", 4], "dtype": "float32", "state": True}
+    assert [o["shape"] for o in manifest["outputs"]] == [[None, None, 7], [None, None, 4]]
+    assert manifest["text"] == {"begin": 2, "window": 16, "causal": True}
+    assert "tokenizer.json" in manifest["files"]
+    compressed.load(tmp_path / "small").save(tmp_path / "again")
+    assert (tmp_path / "again" / "tokenizer.json").read_text() == '{"a": 1}'
+    change(tmp_path / "small", text={"begin": "x"})
+    refused("'text' is malformed", tmp_path / "small")
+    change(tmp_path / "small", text=None)
+    refused("does not list its files", tmp_path / "small")
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"inputs": [{"name": "image", "shape": [None, 3]}]}, "describes input 'image' otherwise"),
+        ({"inputs": [{"name": "image", "shape": [None, 3, 8, 8], "state": 1}]}, "describes input 'image' otherwise"),
+        ({"outputs": [{"name": "a"}]}, "describes other outputs than model.pt2, which has 2"),
+        ({"outputs": [{"name": "a"}, {"name": "a"}]}, "describes other outputs"),
+        ({"outputs": 3}, "describes other outputs"),
+    ],
+)
+def test_a_manifest_that_contradicts_the_program(values: dict[str, Any], words: str, folder: Path) -> None:
+    change(folder, **values)
+    refused(words, folder)

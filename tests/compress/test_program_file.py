@@ -80,6 +80,12 @@ def edit(archive: bytes, member: str, change: Callable[[Any], None]) -> bytes:
     return repack(files)
 
 
+def flipped(archive: bytes, member: str) -> bytes:
+    """The archive with one bit of a member's content changed."""
+    place = archive.index(unpack(archive)[member])
+    return archive[:place] + bytes([archive[place] ^ 1]) + archive[place + 1 :]
+
+
 def put(path: tuple[Any, ...], new: Any) -> Callable[[Any], None]:
     """Set value[path[0]][path[1]]... = new."""
 
@@ -259,6 +265,9 @@ def test_a_forged_part_is_refused(
         "Symbol('s0', positive=print())",
         "Symbol('__import__')",
         "Pow(Integer(10), Integer(1000000000))",
+        "Pow(Symbol('s0'), Integer(1000000000))",
+        "Pow(Symbol('s0'), Symbol('s1'))",
+        "Pow(Add(Symbol('s0'), Integer(10)), Integer(2))",
         "Integer(" + "9" * 100 + ")",
         "s0",
         "(lambda: 1)()",
@@ -275,6 +284,7 @@ def test_shape_expressions_that_torch_writes() -> None:
     assert program_file._expression("Symbol('s77', positive=True, integer=True)") is None
     assert program_file._expression("Add(Mul(Integer(-2), Symbol('s0', integer=True)), Integer(1))") is None
     assert program_file._expression("FloorDiv(Symbol('u0', integer=True), Integer(2))") is None
+    assert program_file._expression("Mul(Integer(4), Pow(Symbol('s70', positive=True), Integer(2)))") is None
 
 
 @pytest.mark.parametrize(
@@ -293,6 +303,7 @@ def test_shape_expressions_that_torch_writes() -> None:
         (lambda a: repack(unpack(a) | {"archive_format": b"zip"}), "not a pt2"),
         (lambda a: repack(unpack(a) | {"byteorder": b"big"}), "big-endian"),
         (lambda a: repack(unpack(a) | {"data/weights/weight_0": b"123"}), "whole number"),
+        (lambda a: flipped(a, "data/weights/weight_0"), "bad check sum of 'archive/data/weights/weight_0'"),
     ],
 )
 def test_a_damaged_or_foreign_archive_is_refused(
@@ -427,3 +438,45 @@ def test_two_processes_write_the_same_bytes(tmp_path: Path) -> None:
         subprocess.run([sys.executable, "-c", script], check=True, env={"PYTHONHASHSEED": seed, "OMP_NUM_THREADS": "1"})
         outs.append(out.read_bytes())
     assert outs[0] == outs[1]
+
+
+def test_an_expanded_tensor_is_written_out(tmp_path: Path) -> None:
+    """A stored shape is filled by stored elements, so that a small file cannot ask for a huge tensor."""
+
+    class Expanded(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("gain", torch.tensor(3.0).expand(4, 5))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * self.gain
+
+    before = trace(Expanded(), {"x": torch.zeros(1, 5)}, "net")
+    program_file.save(before.program(), tmp_path / "model.pt2")
+    assert [len(v) for k, v in unpack((tmp_path / "model.pt2").read_bytes()).items() if "weights/weight_" in k] == [80]
+    program, _ = program_file.open_mapped(tmp_path / "model.pt2")
+    assert torch.equal(program.state_dict["gain"], torch.full((4, 5), 3.0))
+
+
+def test_tensors_are_read_where_they_stand(tmp_path: Path) -> None:
+    layer = torch.nn.Linear(8, 4)
+    program_file.save(trace(layer, {"input": torch.zeros(1, 8)}, "net").program(), tmp_path / "model.pt2")
+    program, mapped = program_file.open_mapped(tmp_path / "model.pt2")
+    assert isinstance(program.state_dict["weight"], torch.nn.Parameter)
+    with torch.no_grad():
+        program.state_dict["weight"].zero_()  # a page of our own, dropped by `release`: the file has not changed
+    mapped.release()
+    assert torch.equal(program.state_dict["weight"], layer.weight)
+    assert torch.equal(program_file.load(tmp_path / "model.pt2").state_dict["weight"], layer.weight)
+
+
+def test_checking_reads_no_tensor() -> None:
+    class Shaped(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.empty(1 << 20, 1 << 12))  # 16 GB of address space, no memory
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.linear(x, self.weight)
+
+    program_file.check(trace(Shaped(), {"x": torch.zeros(1, 1 << 12)}, "net").program(), "net")

@@ -148,7 +148,7 @@ def test_klt_of_the_stream_makes_what_the_layers_read_even(injected, tokens):
         model = apply(Rotate(kind=kind, online=False), injected, tokens)
         moments = Moments(64)
         sources = {n.args[0] for n in model.graph.graph.nodes if layers.op(n) == "aten.linear" and "o_proj" not in layers.layer(n) and "down_proj" not in layers.layer(n)}  # fmt: skip
-        observe(model.graph, dict.fromkeys(sources, moments.add), lambda: tokens.batches(model, 64))
+        observe(model.graph, dict.fromkeys(sources, moments.add), lambda m=model: tokens.batches(m, 64))
         ratios.append(float(moments.square.max() / moments.square.min()))
     assert ratios[1] < 1.01 < ratios[0]
 

@@ -238,6 +238,44 @@ def packed_orders(block):
     return factors(block)
 
 
+def orthogonal(n, seed):
+    return torch.linalg.qr(normal(n, n, seed=seed))[0].contiguous()
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.05])
+@pytest.mark.parametrize("rotations", ["none", "states", "both"])
+@pytest.mark.parametrize(("batch", "time", "parts", "states"), [(1, 6, (4, 8), 16), (2, 3, (3, 5), 4)])
+def test_selective_scan(batch, time, parts, states, rotations, scale):
+    channels = parts[0] * parts[1]
+    tensors = {
+        "x": normal(batch, time, channels),
+        "delta": 0.01 + 0.3 * torch.rand(batch, time, channels),
+        "a_log": normal(channels, states),
+        "b": normal(batch, time, states, seed=1),
+        "c": normal(batch, time, states, seed=2),
+        "d": normal(channels),
+        "state": normal(batch, channels, states, seed=3),
+        "rotation": orthogonal(states, 4) if rotations != "none" else None,
+        "outer": orthogonal(parts[0], 5) if rotations == "both" else None,
+        "inner": orthogonal(parts[1], 6) if rotations == "both" else None,
+    }
+    tensors = {k: v for k, v in tensors.items() if v is not None}
+    inputs = ("x", "delta", "b", "c", "state")
+    fused.ops()
+    want = torch.ops.planish.selective_scan(*arguments("selective_scan", tensors, {"state_scale": scale}))
+    proto = graph("selective_scan", tensors, {"state_scale": scale})
+    for name in inputs[1:]:
+        (stored,) = [t for t in proto.graph.initializer if t.name == name]
+        proto.graph.initializer.remove(stored)
+        proto.graph.input.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, list(stored.dims)))
+    made = compile_model(tvm_import.fix_batch(proto), HOST, {})
+    machine = tvm.relax.VirtualMachine(made.executable, tvm.cpu())
+    got = [v.numpy() for v in machine["main"](*(tvm.runtime.tensor(tensors[n].numpy()) for n in inputs))]
+    error = [np.abs(g - w.numpy()).max() for g, w in zip(got, want, strict=True)]
+    assert error[1] <= 1e-5
+    assert error[0] <= 1e-4 + scale * float(tensors["c"].abs().max()), "one code of one state at the most"
+
+
 def test_every_fused_op_has_a_lowering():
     assert set(lowerings()) == set(fused.ops())
 
