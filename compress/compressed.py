@@ -196,7 +196,7 @@ def _outputs(model: Model, answers: Mapping[str, np.ndarray]) -> list[dict[str, 
             replace(i, shape=tuple(d + (i.dim(k) is not None) for k, d in enumerate(i.shape))) for i in model.inputs
         )
         pairs = zip(_example_shapes(model), _example_shapes(replace(model, inputs=wider)), strict=True)
-        shapes = [[a if a == b else None for a, b in zip(s, l, strict=True)] for s, l in pairs]
+        shapes = [[a if a == b else None for a, b in zip(s, w, strict=True)] for s, w in pairs]
     if model.batched:
         shapes = [[None, *s[1:]] for s in shapes]
     return [

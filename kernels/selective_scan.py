@@ -73,8 +73,8 @@ def selective_scan(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The reference: y (batch, time, channels) and the last state; arguments as in the module's text."""
     parts = [
-        _scan(*p, a_log, d, rotation, outer, inner, state_scale)
-        for p in zip(*(o.split(TOGETHER) for o in (x, delta, b, c, state)), strict=True)
+        _scan(x[s], delta[s], b[s], c[s], state[s], a_log, d, rotation, outer, inner, state_scale)
+        for s in (slice(k, k + TOGETHER) for k in range(0, len(x), TOGETHER))
     ]
     return torch.cat([y for y, _ in parts]), torch.cat([last for _, last in parts])
 
