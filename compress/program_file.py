@@ -89,8 +89,11 @@ def save(program: torch.export.ExportedProgram, path: Path) -> None:
     weights = {n: (program.state_dict[n].detach(), meta) for n, (_, meta) in skeleton.weights.items()}
     held = typing.cast("dict[str, torch.Tensor]", program.constants)  # `_skeleton` refuses whatever is no tensor
     constants = {n: (held[n].detach(), meta) for n, (_, meta) in skeleton.constants.items()}
-    with path.open("wb") as file:
-        pack(Contents(skeleton.program, weights, constants), file)
+    with path.open("wb", buffering=0) as file:
+        target = _Postponing(file)
+        pack(Contents(skeleton.program, weights, constants), typing.cast("typing.IO[bytes]", target))
+        if target.error is not None:
+            raise target.error
 
 
 def check(program: torch.export.ExportedProgram, name: str) -> None:
@@ -134,7 +137,9 @@ def open_mapped(path: Path) -> tuple[torch.export.ExportedProgram, Mapped]:
 
 
 def _stand_in(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor of the same shape and type that stores a single element."""
+    """A tensor of the same shape and type that stores at most a single element."""
+    if tensor.numel() == 0:
+        return torch.empty(tensor.shape, dtype=tensor.dtype)
     return torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
 
 
@@ -177,6 +182,22 @@ def _skeleton(program: torch.export.ExportedProgram, name: str) -> Contents:
 
 
 # ---- writing
+
+
+class _Postponing:
+    """A file that keeps the first error of a write for later: torch's archive writer ends the process at an exception."""
+
+    def __init__(self, file: io.FileIO) -> None:
+        self._file, self.error = file, typing.cast("OSError | None", None)
+
+    def write(self, data: bytes) -> int:
+        rest = memoryview(data)
+        try:
+            while rest and self.error is None:
+                rest = rest[self._file.write(rest) :]
+        except OSError as error:
+            self.error = error
+        return len(data)
 
 
 def pack(contents: Contents, file: typing.IO[bytes]) -> None:
