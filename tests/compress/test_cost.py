@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from planish.compress import cost
+from planish.compress.data import Data
 from planish.compress.model import Model, trace
+from planish.compress.passes import Context
+from planish.compress.quantize.dynamic import Dynamic
+from planish.compress.quantize.llm_int8 import LlmInt8
+from planish.targets import target
 from torch import nn
 
 
@@ -81,3 +87,12 @@ class Recurrent(nn.Module):
 
 def test_recurrent_cells_count_every_step() -> None:
     assert cost.macs(_trace(Recurrent(), 9, 6)) == {"cell": 9 * 3 * 7 * (6 + 7)}
+
+
+def test_a_low_bit_layer_counts_as_in_float() -> None:
+    """One with a second result too (LLM.int8 counts values beyond its threshold)."""
+    model = _trace(nn.Sequential(nn.Linear(32, 24)), 4, 32)
+    data = Data({"x": np.random.default_rng(0).standard_normal((8, 4, 32)).astype(np.float32)}, None, "test")
+    for method in (LlmInt8(), Dynamic()):
+        context = Context(model, data, target.load("host"), torch.Generator().manual_seed(0))
+        assert cost.macs(method.apply(model, context)) == cost.macs(model)
