@@ -43,13 +43,17 @@ def pack(codes: torch.Tensor, bits: int, group: int) -> torch.Tensor:
         raise PlanishError(f"group {group} does not divide {channels} codes a row")
     if codes.numel() and int(codes.max()) >= 1 << bits:
         raise PlanishError(f"code {int(codes.max())} does not fit {bits} bits")
-    if bits == 8:
-        return codes.reshape(out, channels // group, group).contiguous()
     split = codes.reshape(out, channels // group, group)
-    split = torch.nn.functional.pad(split, (0, -group % 8)).unflatten(-1, (-1, 8))  # (out, groups, eights, 8)
-    packed = split.new_zeros((*split.shape[:-1], bits))  # eight codes fill `bits` bytes
-    for code, byte, shift in _overlaps(bits):
-        packed[..., byte] |= _shifted(split[..., code], shift)
+    if bits == 8:
+        return split.contiguous()
+    if group % 8:
+        split = torch.nn.functional.pad(split, (0, -group % 8))
+    words = split.contiguous().view(torch.int64)  # (out, groups, eights), a code in each byte
+    for count in (1, 2, 4):
+        words = (words | words >> count * (8 - bits)).bitwise_and_(_mask(bits, 2 * count))
+    packed = words[..., None].view(torch.uint8)[
+        ..., :bits
+    ]  # (out, groups, eights, bits): eight codes fill `bits` bytes
     return packed.flatten(-2)[..., : group_bytes(group, bits)].contiguous()
 
 
@@ -63,26 +67,18 @@ def unpack(packed: torch.Tensor, bits: int, group: int) -> torch.Tensor:
     if bits == 8:
         return packed.flatten(1)
     eights = -(-group // 8)
-    split = torch.nn.functional.pad(packed, (0, eights * bits - packed.shape[-1])).unflatten(-1, (eights, bits))
-    codes = split.new_zeros((*split.shape[:-1], 8))  # (out, groups, eights, 8)
-    for code, byte, shift in _overlaps(bits):
-        codes[..., code] |= _shifted(split[..., byte], -shift) & ((1 << bits) - 1)
-    return codes.flatten(-2)[..., :group].flatten(1)
+    if packed.shape[-1] != eights * bits:
+        packed = torch.nn.functional.pad(packed, (0, eights * bits - packed.shape[-1]))
+    split = torch.nn.functional.pad(packed.unflatten(-1, (eights, bits)), (0, 8 - bits))  # (out, groups, eights, 8)
+    words = split.view(torch.int64)[..., 0]
+    for count in (4, 2, 1):
+        words = (words | words << count * (8 - bits)).bitwise_and_(_mask(bits, count))
+    return words.view(torch.uint8)[..., :group].flatten(1)
 
 
-def _overlaps(bits: int) -> list[tuple[int, int, int]]:
-    """(code, byte, how far left the code is shifted in it) for every byte that holds a part of one of eight codes."""
-    return [
-        (code, byte, code * bits - 8 * byte)
-        for code in range(8)
-        for byte in range(bits)
-        if code * bits < 8 * byte + 8 and (code + 1) * bits > 8 * byte
-    ]
-
-
-def _shifted(x: torch.Tensor, left: int) -> torch.Tensor:
-    """uint8 shifted left, or right for a negative count; bits beyond the byte are lost."""
-    return x << left if left >= 0 else x >> -left
+def _mask(bits: int, count: int) -> int:
+    """The bits of a 64-bit word, read little-endian, in which `count` codes follow each other from every `count`-th byte on."""
+    return sum(((1 << bits * count) - 1) << 8 * start for start in range(0, 8, count))
 
 
 def _check(bits: int) -> None:

@@ -7,6 +7,7 @@ and the sign chooses which end of the weights it serves.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,7 +16,7 @@ import torch
 from ...kernels.packing import check_group
 
 CHUNK = 1 << 17
-"""weights that the search looks at together, so that its intermediate values stay in a core's cache"""
+"""weights that are looked at together, so that intermediate values stay in a core's cache"""
 COARSE, FINE = 12, 6
 """steps of the clip search: over all ranges, then around the best"""
 NARROWEST = {8: 0.8, 4: 0.35, 3: 0.3, 2: 0.2}
@@ -46,6 +47,10 @@ class Grid:
         """The grid of the groups from `start` to `stop`."""
         return Grid(self.bits, self.scale[:, start:stop], self.zero[:, start:stop])
 
+    def rows(self, part: slice) -> Grid:
+        """The grid of some rows."""
+        return Grid(self.bits, self.scale[part], self.zero[part])
+
     def _split(self, weight: torch.Tensor) -> torch.Tensor:
         return weight.reshape(len(weight), self.scale.shape[1], -1)  # (out, groups, group)
 
@@ -63,6 +68,12 @@ def group_size(name: str, inputs: int, group: int | Literal["auto"] | None) -> i
     return group
 
 
+def parts(weight: torch.Tensor) -> Iterator[slice]:
+    """Runs of rows of a weight (out, in) that hold CHUNK values."""
+    step = max(1, CHUNK // weight.shape[1])
+    return (slice(start, start + step) for start in range(0, len(weight), step))
+
+
 def fit(
     weight: torch.Tensor,
     bits: int,
@@ -71,7 +82,10 @@ def fit(
     clip: bool = True,
     importance: torch.Tensor | None = None,
 ) -> Grid:
-    """The grid of a weight (out, in): it covers each group's range, or with `clip` the part of it that errs least.
+    """The grid of a weight (out, in): each group's own range, or with `clip` the part of it that errs least.
+
+    On a symmetric grid the range puts the largest magnitude on the code furthest from zero; values on the other side that have
+    nearly that magnitude saturate one code before, at most a step away. A finer grid for all is worth that.
 
     The error is sum importance (w - restored)^2 over the group; `importance` (in,), None for all alike. For the codes of each range tried, the
     best scale is known in closed form, so the error of a trial is that of its codes. All-zero groups get the scale 1.
@@ -91,12 +105,12 @@ def fit(
 
 
 def _covering(x: torch.Tensor, bits: int, symmetric: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale and zero (n,) of the finest grid that holds every value of x (n, group)."""
-    low, high = x.amin(1).clamp_max(0), x.amax(1).clamp_min(0)
+    """Scale and zero (n,) of the range of x (n, group)."""
+    low, high = x.amin(1).clamp_max_(0), x.amax(1).clamp_min_(0)
     if symmetric:
         half = 2 ** (bits - 1)
-        up, down = torch.maximum(high / (half - 1), -low / half), torch.maximum(-low / (half - 1), high / half)
-        return _usable(torch.where(up <= down, up, -down)), torch.full_like(up, half)
+        furthest = torch.where(high > -low, high, low)
+        return _usable(furthest / -half), torch.full_like(low, half)
     scale = _usable((high - low) / (2**bits - 1))
     return scale, torch.round(-low / scale).clamp_(0, 2**bits - 1)
 
@@ -142,13 +156,15 @@ def _search(x: torch.Tensor, h: torch.Tensor | None, bits: int, symmetric: bool)
     def attempt(factor: torch.Tensor, sign: torch.Tensor) -> None:
         if symmetric:
             above, below = torch.where(sign > 0, high, -low), torch.where(sign > 0, -low, high)
-            scale = factor * torch.maximum(above / (half - 1), below / half)
-            best.attempt(_usable(scale) * sign, middle, factor * sign)
+            covering = _usable(torch.maximum(above / (half - 1), below / half))
+            best.attempt(factor * covering * sign, middle, factor * sign)
         else:
             scale = _usable(factor * (high - low) / top)
             best.attempt(scale, torch.round(-factor * low / scale).clamp_(0, top), factor)
 
     one = torch.ones_like(low)
+    if symmetric:
+        best.attempt(*_covering(x, bits, symmetric), torch.where(high > -low, -one, one))
     span = 1 - NARROWEST[bits]
     for factor in torch.linspace(1, NARROWEST[bits], COARSE).tolist():
         attempt(one * factor, one)

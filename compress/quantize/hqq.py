@@ -44,7 +44,7 @@ class Hqq(IntegerLinears):
         made = []
         for item in members:
             grid = self.solve(item.weight, self.columns(item))
-            made.append(self.write(item, grid, grid.encode(item.weight), "hqq"))
+            made.append(self.write(item, grid, None, "hqq"))
         return made
 
     def solve(self, weight: torch.Tensor, group: int) -> Grid:

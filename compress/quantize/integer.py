@@ -12,7 +12,7 @@ import pydantic
 import torch
 
 from ...kernels import linear_dynamic
-from ...kernels.packing import pack
+from ...kernels.packing import group_bytes, pack
 from ..blocks import Linear
 from . import grids
 from .grids import Grid
@@ -52,10 +52,20 @@ class IntegerLinears(Linears):
         """Columns of a group of a layer. Raises PlanishError when the field does not divide them."""
         return grids.group_size(item.name, item.weight.shape[1], self.group)
 
-    def write(self, item: Linear, grid: Grid, codes: torch.Tensor, what: str) -> Replacement:
-        """The op for codes (out, in) uint8 on a grid; `what` names the method in the receipt."""
-        group = item.weight.shape[1] // grid.scale.shape[1]
-        tensors = {"codes": pack(codes, self.bits, group), "scale": grid.scale.contiguous()}
+    def write(self, item: Linear, grid: Grid, codes: torch.Tensor | None, what: str) -> Replacement:
+        """The op for codes (out, in) uint8 on a grid, None for the nearest ones; `what` names the method in the receipt.
+
+        Works on a few rows at a time: beside the weight and the packed codes nothing of their size is held.
+        """
+        out, groups = grid.scale.shape
+        group = item.weight.shape[1] // groups
+        packed, lost = torch.empty(out, groups, group_bytes(group, self.bits), dtype=torch.uint8), 0.0
+        for part in grids.parts(item.weight):
+            weight, local = item.weight[part], grid.rows(part)
+            chosen = local.encode(weight) if codes is None else codes[part]
+            packed[part] = pack(chosen, self.bits, group)
+            lost += float(local.decode(chosen).sub_(weight).square_().sum())
+        tensors = {"codes": packed, "scale": grid.scale.contiguous()}
         attributes = {"bits": self.bits, "group": group}
         format = f"int{self.bits}, {'per row' if grid.scale.shape[1] == 1 else f'groups of {group}'}"
         if self.activations == 16:
@@ -69,4 +79,4 @@ class IntegerLinears(Linears):
             places = {"tensor": linear_dynamic.PER_TENSOR, "token": linear_dynamic.PER_TOKEN, "group": group}
             attributes |= {"activation_bits": self.activations, "activation_group": places[self.granularity]}
             format += f", activations int{self.activations} per {self.granularity}"
-        return Replacement(op, tensors, attributes, f"{what}: {format}", restored=grid.decode(codes))
+        return Replacement(op, tensors, attributes, f"{what}: {format}", lost=lost)

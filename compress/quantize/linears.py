@@ -40,6 +40,8 @@ class Replacement:
     """method and format, for the receipt"""
     restored: torch.Tensor | None = None
     """(out, in) what the stored weight stands for, for the error in the receipt; None where there is no single matrix"""
+    lost: float | None = None
+    """instead of `restored`: the sum of squares of what it differs by from the weight"""
     bias: torch.Tensor | None = None
     """(out,) replaces the layer's bias where given (a correction)"""
     skipped: str | None = None
@@ -145,7 +147,8 @@ def tied_heads(model: Model) -> set[str]:
 
 def check_weight(item: Linear) -> None:
     """Raise PlanishError for a weight with NaN or Inf."""
-    if not torch.isfinite(item.weight).all():
+    low, high = torch.aminmax(item.weight)  # takes no memory, and is NaN where one value is
+    if not (torch.isfinite(low) and torch.isfinite(high)):
         bad = (~torch.isfinite(item.weight)).nonzero()
         raise PlanishError(
             f"layer '{item.name}': its weight has {len(bad)} NaN or Inf values, the first at {tuple(bad[0].tolist())}"
@@ -190,8 +193,10 @@ def replace(module: GraphModule, item: Linear, replacement: Replacement) -> Entr
     made.meta["val"] = node.meta.get("val")
     node.replace_all_uses_with(made)
     graph.erase_node(node)
-    error = None
-    if replacement.restored is not None:
+    error, lost = None, replacement.lost
+    if lost is None and replacement.restored is not None:
+        lost = float((replacement.restored - item.weight).norm()) ** 2
+    if lost is not None:
         norm = float(item.weight.norm())
-        error = float((replacement.restored - item.weight).norm()) / norm if norm else 0.0
+        error = lost**0.5 / norm if norm else 0.0
     return Entry(weight, "quantized", replacement.reason, before, after, error)

@@ -36,5 +36,5 @@ class RoundToNearest(IntegerLinears):
         made = []
         for item in members:
             grid = grids.fit(item.weight, self.bits, self.columns(item), self.symmetric, self.clip, importance)
-            made.append(self.write(item, grid, grid.encode(item.weight), what))
+            made.append(self.write(item, grid, None, what))
         return made
