@@ -22,6 +22,7 @@ from .common.errors import PlanishError, listed
 from .common.progress import say
 from .compress import compressed as compressed_model
 from .compress import diagnostics, evaluation, program_file, text
+from .compress import journal as journals
 from .compress import load as loading
 from .compress import recipe as recipes
 from .compress.data import Data, check
@@ -107,26 +108,35 @@ def compress(
     samples = prepared.test or prepared.data
     quality = None if samples is None or accuracy else _quality(original, samples)
     generator = torch.Generator().manual_seed(seed)
-    result = original
-    for name, step in plan.passes:
-        say(f"{name}")
-        result = step.apply(result, Context(original, prepared.data, device, generator, _milliseconds))
-    if accuracy is not None and test is not None and test.labels is not None:
-        accuracy["compressed"] = top1(predict(result, test.inputs), test.labels)
-    if quality is not None and samples is not None:
-        quality = _compared(quality, original, result, samples)
-    built = compressed_model.build(
-        result,
-        original,
-        recipes.dump(plan),
-        target,
-        _samples(original, samples),
-        accuracy,
-        __version__,
-        quality,
-    )
-    if output is not None:
-        built.save(output, force)
+
+    def given() -> dict[str, Any]:
+        data_in = None if prepared.data is None else journals.digest(prepared.data.inputs, prepared.data.labels)
+        return {"planish": __version__, "model": journals.model_digest(original), "data": data_in, "recipe": recipes.dump(plan), "target": target, "seed": seed}  # fmt: skip
+
+    with journals.opened(output, given, force, original) as journal:
+        result = original
+        for index, (name, step) in enumerate(plan.passes):
+            say(f"{name}")
+            own = journal.section(f"{index + 1:02d}")
+            result = step.apply(result, Context(original, prepared.data, device, generator, _milliseconds, own))
+            journal.spill(result.graph)
+            result = dataclasses.replace(result, mapped=tuple(journal.maps))
+        if accuracy is not None and test is not None and test.labels is not None:
+            accuracy["compressed"] = top1(predict(result, test.inputs), test.labels)
+        if quality is not None and samples is not None:
+            quality = _compared(quality, original, result, samples)
+        built = compressed_model.build(
+            result,
+            original,
+            recipes.dump(plan),
+            target,
+            _samples(original, samples),
+            accuracy,
+            __version__,
+            quality,
+        )
+        if output is not None:
+            built.save(output, force)
     manifest = built.manifest
     return {
         "model": model,

@@ -19,6 +19,7 @@ from torch.fx.node import map_arg
 
 from ..common.progress import track
 from . import layers
+from .journal import Journal
 from .model import Model
 from .moments import Moments
 
@@ -66,6 +67,12 @@ def linear(module: GraphModule, node: Node) -> Linear | None:
     assert isinstance(source, Node)
     bias = None if bias_node is None else layers.value(module, bias_node)
     return Linear(layers.layer(node), node, source, layers.value(module, weight_node), bias)
+
+
+def chosen(block: Block, wanted: Callable[[str], bool]) -> list[str]:
+    """Names of a block's linears that are wanted; their weights are not read."""
+    names = (layers.layer(n) for n in block.nodes if n.target is aten.linear.default and layers.is_parameter(n.args[1]))
+    return [n for n in names if wanted(n)]
 
 
 def groups(module: GraphModule, nodes: Iterable[Node], wanted: Callable[[str], bool]) -> list[list[Linear]]:
@@ -178,6 +185,7 @@ def calibrate(
     batches: Iterable[Batch],
     wanted: Callable[[str], bool],
     visit: Visit,
+    journal: Journal,
     *,
     products: bool = False,
     what: str = "calibrating",
@@ -185,16 +193,18 @@ def calibrate(
     """Go through the blocks in order: collect `Moments` of what each wanted linear reads, let `visit` edit the block, run it again.
 
     Later blocks see what the edited earlier ones give them. `visit(block, groups, moments by source node)` changes
-    the graph of `model` in place. Without batches (an empty iterable) the moments are empty and nothing is run.
+    the graph of `model` in place. Without batches (an empty iterable) the moments are empty and nothing is run; so they are for a
+    block that the journal knows, whose result `visit` takes from there. Behind the last block that it does not know nothing is
+    run either.
     """
     module = model.graph
     run = Run(module, batches)
-    count = len(split(module))
-    for index in track(range(count), what):
+    left = [bool(chosen(b, wanted)) and not journal.knows(b.name) for b in split(module)]  # to be made yet
+    for index in track(range(len(left)), what):
         block = split(module)[index]
         members = groups(module, block.nodes, wanted)
         moments: dict[Node, Moments] = {}
-        if run.states and members:
+        if run.states and left[index]:
             readers = {g[0].source: g[0] for g in members}
 
             def show(node: Node, value: torch.Tensor, readers: dict[Node, Linear] = readers, moments: dict[Node, Moments] = moments) -> None:  # fmt: skip
@@ -205,5 +215,7 @@ def calibrate(
             run.see(block, show)
         if members:
             visit(block, members, moments)
-        if run.states:
+        members.clear()
+        if run.states and any(left[index + 1 :]):
             run.advance(split(module)[index])
+        journal.release()

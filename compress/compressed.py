@@ -50,7 +50,7 @@ class Compressed:
     def save(self, folder: Path, force: bool = False) -> None:
         """Write the folder, whole or not at all. Raises PlanishError as `files.new_folder` does."""
         with files.new_folder(folder, force) as work:
-            program_file.save(self.model.program(), work / PROGRAM)
+            program_file.save(self.model.program(), work / PROGRAM, self.model.release)
             arrays = {n: np.ascontiguousarray(a) for n, a in sorted(self.golden.items())}
             (work / GOLDEN).write_bytes(safetensors.numpy.save(arrays))
             names = [PROGRAM, GOLDEN]

@@ -37,12 +37,13 @@ class Mapped:
             self._map: mmap.mmap | bytearray = (
                 mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) if self.size else bytearray()
             )
+        self._start = torch.frombuffer(self._map, dtype=torch.uint8).data_ptr() if self.size else 0
 
     @staticmethod
     def of_bytes(content: bytes | memoryview) -> Mapped:
         """The same interface to a file's content that is in memory."""
         made = object.__new__(Mapped)
-        made._map, made.size = bytearray(content), len(content)
+        made._map, made.size, made._start = bytearray(content), len(content), 0
         return made
 
     def part(self, offset: int, size: int) -> bytes:
@@ -70,6 +71,10 @@ class Mapped:
             raw = bytearray(self._map[offset : offset + count * dtype.itemsize])
             return torch.frombuffer(raw, dtype=dtype).reshape(shape)
         return torch.frombuffer(self._map, dtype=dtype, count=count, offset=offset).reshape(shape)
+
+    def holds(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor's data is a part of the mapping."""
+        return self._start <= tensor.data_ptr() < self._start + self.size
 
     def release(self) -> None:
         """Let go of all pages that were read; the next read of a tensor takes them from the file again."""

@@ -21,6 +21,8 @@ from .mapped import Mapped
 
 _EXAMPLE = 8
 """size with which a dynamic dimension besides the batch is traced again"""
+RESIDENT = 1 << 28
+"""bytes of mapped weights that are read before their pages are let go"""
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,12 @@ class Model:
 
     def __call__(self, *args: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
         """Outputs for input tensors in the order of `inputs`."""
-        return self.graph(*args)
+        return _Releasing(self).run(*args) if self.mapped else self.graph(*args)
+
+    def release(self) -> None:
+        """Let go of the pages of mapped tensors."""
+        for mapped in self.mapped:
+            mapped.release()
 
     def copy(self) -> Model:
         """The same model with parameters and graph of its own, so that a pass may change them."""
@@ -139,6 +146,22 @@ class Model:
         """Bytes of all parameters and buffers as stored."""
         tensors = dict(self.graph.named_parameters()) | dict(self.graph.named_buffers())
         return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+class _Releasing(torch.fx.Interpreter):
+    """Runs a graph node by node, and lets go of the mapped weights that were read when they have become many."""
+
+    def __init__(self, model: Model) -> None:
+        super().__init__(model.graph)
+        self._model, self._read = model, 0
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        value = super().get_attr(target, args, kwargs)
+        self._read += value.numel() * value.element_size() if isinstance(value, torch.Tensor) else 0
+        if self._read > RESIDENT:
+            self._model.release()
+            self._read = 0
+        return value
 
 
 def _dynamic(inputs: Sequence[Input], batched: bool) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import fnmatch
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import numpy as np
@@ -14,6 +14,7 @@ import torch
 
 from ..targets.target import Target
 from .data import Data
+from .journal import Journal
 from .model import Model
 
 
@@ -29,6 +30,8 @@ class Context:
     generator: torch.Generator
     time: Callable[[Model, Mapping[str, np.ndarray]], float] | None = None
     """milliseconds of a small model on inputs (n, ...) by name, as exported for and run on this machine; None where nothing measures"""
+    journal: Journal = field(default_factory=Journal)
+    """keeps what a pass made of each block, for memory and for resuming"""
 
 
 class Pass(pydantic.BaseModel, abc.ABC):

@@ -80,10 +80,10 @@ class Contents:
     """whether stand-ins of one element stand for the tensors"""
 
 
-def save(program: torch.export.ExportedProgram, path: Path) -> None:
+def save(program: torch.export.ExportedProgram, path: Path, written: Callable[[], None] | None = None) -> None:
     """Write a program: no sample inputs, no stack traces, no paths. The same program gives the same bytes.
 
-    Tensors go to the file one by one, from where they are. Raises PlanishError as `check` does.
+    Tensors go to the file one by one, from where they are; `written` is called behind each. Raises PlanishError as `check` does.
     """
     skeleton = _skeleton(program, str(path))
     weights = {n: (program.state_dict[n].detach(), meta) for n, (_, meta) in skeleton.weights.items()}
@@ -91,7 +91,7 @@ def save(program: torch.export.ExportedProgram, path: Path) -> None:
     constants = {n: (held[n].detach(), meta) for n, (_, meta) in skeleton.constants.items()}
     with path.open("wb", buffering=0) as file:
         target = _Postponing(file)
-        pack(Contents(skeleton.program, weights, constants), typing.cast("typing.IO[bytes]", target))
+        pack(Contents(skeleton.program, weights, constants), typing.cast("typing.IO[bytes]", target), written)
         if target.error is not None:
             raise target.error
 
@@ -200,17 +200,24 @@ class _Postponing:
         return len(data)
 
 
-def pack(contents: Contents, file: typing.IO[bytes]) -> None:
-    """Write an archive. Tensors that share their data share a record; every record holds its tensor and no more."""
+def pack(contents: Contents, file: typing.IO[bytes], written: Callable[[], None] | None = None) -> None:
+    """Write an archive; `written` is called behind each tensor. Tensors that share their data share a record; every record holds its tensor and no more."""
     with PT2ArchiveWriter(file) as writer:  # a file object gets the fixed root folder 'archive'
-        _pack_tensors(writer, contents.weights, WEIGHTS, WEIGHTS_CONFIG, "weight_", contents.hollow)
-        _pack_tensors(writer, contents.constants, CONSTANTS, CONSTANTS_CONFIG, "tensor_", contents.hollow)
+        done = written or (lambda: None)
+        _pack_tensors(writer, contents.weights, WEIGHTS, WEIGHTS_CONFIG, "weight_", contents.hollow, done)
+        _pack_tensors(writer, contents.constants, CONSTANTS, CONSTANTS_CONFIG, "tensor_", contents.hollow, done)
         writer.write_string(PROGRAM, _json(contents.program))
         writer.write_bytes(SAMPLES, b"")
 
 
 def _pack_tensors(
-    writer: PT2ArchiveWriter, tensors: Tensors, folder: str, config_file: str, prefix: str, hollow: bool
+    writer: PT2ArchiveWriter,
+    tensors: Tensors,
+    folder: str,
+    config_file: str,
+    prefix: str,
+    hollow: bool,
+    written: Callable[[], None],
 ) -> None:
     config: dict[str, schema.PayloadMeta] = {}
     records: dict[tuple[object, ...], str] = {}
@@ -226,6 +233,7 @@ def _pack_tensors(
             start = kept.storage_offset() * kept.element_size()
             data = kept.untyped_storage()[start : start + size] if size else b""
             writer.archive_file.write_record(folder + record, data, size)
+            written()
         assert meta.tensor_meta is not None  # `read` refuses entries without
         tensor_meta = dataclasses.replace(
             meta.tensor_meta,

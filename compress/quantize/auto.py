@@ -11,6 +11,7 @@ own output. Its cost is bytes, or milliseconds of the layer as exported. The ass
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -101,7 +102,8 @@ class Auto(Pass):
         for index, method in enumerate(offered.methods):
             names = tuple(n for n, option in chosen.items() if option.choice == index)
             if method is not None and names:
-                result = method.model_copy(update={"layers": names, "skip": ()}).apply(result, context)
+                own = dataclasses.replace(context, journal=context.journal.section(f"{index}"))
+                result = method.model_copy(update={"layers": names, "skip": ()}).apply(result, own)
         return result
 
     def _objective(self, model: Model, context: Context) -> Literal["kl", "output"]:

@@ -7,6 +7,7 @@ the method asks for, edits the graph, and writes the receipt.
 from __future__ import annotations
 
 import abc
+import dataclasses
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,10 +20,13 @@ from torch.fx import GraphModule, Node
 from ...common.errors import PlanishError, listed
 from .. import layers
 from ..blocks import Block, Linear, calibrate, linear
+from ..journal import Record
 from ..model import Entry, Model
 from ..moments import Moments
 from ..passes import Context, Pass, matches
 
+BIAS = "bias"
+"""name of a replacement's own bias in the journal; no op has a tensor of that name besides"""
 HEAD = ("lm_head", "*.lm_head")
 """the output projection of a language model, which the papers' methods leave in float; named so or not, when it is tied to the embedding"""
 
@@ -46,6 +50,13 @@ class Replacement:
     """(out,) replaces the layer's bias where given (a correction)"""
     skipped: str | None = None
     """why the layer is left in float; then nothing else is used"""
+
+    def without_restored(self, item: Linear) -> Replacement:
+        """The same with `lost` in the place of `restored`, which is as large as the weight."""
+        if self.restored is None or self.lost is not None:
+            return dataclasses.replace(self, restored=None)
+        lost = float((self.restored - item.weight).norm()) ** 2
+        return dataclasses.replace(self, restored=None, lost=lost)
 
 
 def left(reason: str) -> Replacement:
@@ -124,17 +135,51 @@ class Linears(Chosen):
         entries = self._left(model, wanted)
         batches = self.batches(context, model) if self.reads_data() else []
 
-        def visit(block: Block, members: Sequence[Sequence[Linear]], moments: Mapping[Node, Moments]) -> None:
-            for group in members:
-                for item in group:
-                    check_weight(item)
-                made = self.replacements(group, moments.get(group[0].source), context.generator)
-                for item, replacement in zip(group, made, strict=True):
-                    entries.append(replace(model.graph, item, replacement))
+        journal = context.journal.section(self._method())
 
-        calibrate(model, batches, wanted, visit, products=self.products, what=f"quantize.{self._method()}")
+        def visit(block: Block, members: Sequence[Sequence[Linear]], moments: Mapping[Node, Moments]) -> None:
+            def make() -> Record:
+                made: list[Replacement] = []
+                for group in members:
+                    for item in group:
+                        check_weight(item)
+                    found = self.replacements(group, moments.get(group[0].source), context.generator)
+                    made += [r.without_restored(i) for r, i in zip(found, group, strict=True)]
+                return _record(made)
+
+            made = _recalled(journal.once(block.name, make, context.generator))
+            for item, replacement in zip([i for group in members for i in group], made, strict=True):
+                entries.append(replace(model.graph, item, replacement))
+
+        calibrate(model, batches, wanted, visit, journal, products=self.products, what=f"quantize.{self._method()}")
         layers.drop_unused(model.graph)
         return model.with_receipt(*entries)
+
+
+def _record(made: Sequence[Replacement]) -> Record:
+    """Replacements as tensors and facts. A tensor that several of them hold is stored once."""
+    tensors: dict[str, torch.Tensor] = {}
+    keys: dict[int, str] = {}
+    facts: list[dict[str, Any]] = []
+    for index, item in enumerate(made):
+        own = dict(item.tensors) | ({} if item.bias is None else {BIAS: item.bias})
+        for name, value in own.items():
+            if id(value) not in keys:
+                keys[id(value)] = f"{index}.{name}"
+                tensors[keys[id(value)]] = value
+        plain = {f.name: getattr(item, f.name) for f in dataclasses.fields(item) if f.name not in ("bias", "restored")}
+        facts.append(plain | {"tensors": {n: keys[id(v)] for n, v in own.items()}})
+    return Record(tensors, facts)
+
+
+def _recalled(record: Record) -> list[Replacement]:
+    """The replacements that `_record` was given."""
+    made = []
+    for item in record.facts:
+        tensors = {n: record.tensors[key] for n, key in item["tensors"].items()}
+        bias = tensors.pop(BIAS, None)
+        made.append(Replacement(**item | {"tensors": tensors, "bias": bias}))
+    return made
 
 
 def tied_heads(model: Model) -> set[str]:
@@ -193,9 +238,7 @@ def replace(module: GraphModule, item: Linear, replacement: Replacement) -> Entr
     made.meta["val"] = node.meta.get("val")
     node.replace_all_uses_with(made)
     graph.erase_node(node)
-    error, lost = None, replacement.lost
-    if lost is None and replacement.restored is not None:
-        lost = float((replacement.restored - item.weight).norm()) ** 2
+    error, lost = None, replacement.without_restored(item).lost
     if lost is not None:
         norm = float(item.weight.norm())
         error = lost**0.5 / norm if norm else 0.0

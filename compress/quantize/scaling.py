@@ -17,6 +17,7 @@ from torch.fx import Node
 from .. import foldings, layers
 from ..blocks import Block, Linear, calibrate
 from ..foldings import Folding
+from ..journal import Record
 from ..model import Entry, Model
 from ..moments import Moments
 from ..passes import Context
@@ -39,16 +40,26 @@ class Scaling(Chosen):
         sizes = foldings.concrete(model)
         found: list[tuple[Sequence[Linear], Folding, torch.Tensor, str]] = []
 
-        def visit(block: Block, members: Sequence[Sequence[Linear]], moments: Mapping[Node, Moments]) -> None:
-            for group in members:
-                for item in group:
-                    check_weight(item)
-                folding = foldings.find(model.graph, group[0].source, [m.node for m in group], sizes)
-                factors, choice = self.factors(group, moments[group[0].source], folding)
-                light = [Linear(m.name, m.node, m.source, torch.empty(0), None) for m in group]
-                found.append((light, folding, factors, choice))
+        journal = context.journal.section(self._method())
 
-        calibrate(model, self.batches(context, model), wanted, visit, what=f"quantize.{self._method()}")
+        def visit(block: Block, members: Sequence[Sequence[Linear]], moments: Mapping[Node, Moments]) -> None:
+            place = [foldings.find(model.graph, g[0].source, [m.node for m in g], sizes) for g in members]
+
+            def make() -> Record:
+                tensors, choices = {}, []
+                for index, (group, folding) in enumerate(zip(members, place, strict=True)):
+                    for item in group:
+                        check_weight(item)
+                    tensors[str(index)], choice = self.factors(group, moments[group[0].source], folding)
+                    choices.append(choice)
+                return Record(tensors, choices)
+
+            record = journal.once(block.name, make, context.generator)
+            for index, (group, folding) in enumerate(zip(members, place, strict=True)):
+                light = [Linear(m.name, m.node, m.source, torch.empty(0), None) for m in group]
+                found.append((light, folding, record.tensors[str(index)], record.facts[index]))
+
+        calibrate(model, self.batches(context, model), wanted, visit, journal, what=f"quantize.{self._method()}")
         entries: list[Entry] = []
         for group, folding, factors, choice in found:
             where = folding.where
@@ -59,5 +70,7 @@ class Scaling(Chosen):
                 size = layers.value(model.graph, item.node.args[1]).numel() * 4
                 what = f"{self._method()}: columns multiplied, {choice}; the input is divided in {where}"
                 entries.append(Entry(f"{item.name}.weight", "folded", what, size, size))
+            journal.spill(model.graph)
+            journal.release()
         layers.drop_unused(model.graph)
         return model.with_receipt(*entries)
