@@ -24,12 +24,14 @@ E2M1      sign bit, then the index of 0, 0.5, 1, 1.5, 2, 3, 4, 6.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
 from ..common.errors import PlanishError
+from .packing import CHUNK, parts
 
 Name = Literal["nf4", "fp4", "mxfp4", "nvfp4"]
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -126,14 +128,34 @@ def decode(
     group: int,
 ) -> torch.Tensor:
     """The weight (out, in) float32; arguments as in `Coded`."""
-    values = table(name)[unpack(codes, high_first(name)).long()]  # (out, in)
     blocks = block_scales(scale, second_scale, offset, name).reshape(-1)
-    whole = values.numel() // group
-    flat = values.reshape(-1)
-    head = flat[: whole * group].reshape(whole, group) * blocks[:whole, None]
-    if whole == len(blocks):
-        return head.reshape(values.shape)
-    return torch.cat([head.reshape(-1), flat[whole * group :] * blocks[-1]]).reshape(values.shape)
+    return _values(codes.reshape(-1), blocks, name, group).reshape(len(codes), -1)
+
+
+def lost(weight: torch.Tensor, coded: Coded, name: Name, group: int) -> float:
+    """The sum of squares of what a weight (out, in) differs by from its codes; takes no memory of its size."""
+    blocks = block_scales(coded.scale, coded.second_scale, coded.offset, name).reshape(-1)
+    codes, flat, total = coded.codes.reshape(-1), weight.reshape(-1), 0.0
+    for part in _runs(len(flat), group):
+        values = _values(codes[part.start // 2 : part.stop // 2], blocks[part.start // group :], name, group)
+        total += float(values.sub_(flat[part]).square_().sum())
+    return total
+
+
+def _runs(count: int, group: int) -> Iterator[slice]:
+    """Runs of whole blocks among `count` values, the last one as short as it is."""
+    step = CHUNK // group * group
+    return (slice(start, min(start + step, count)) for start in range(0, count, step))
+
+
+def _values(codes: torch.Tensor, blocks: torch.Tensor, name: str, group: int) -> torch.Tensor:
+    """(2 n,) float32 of bytes (n,) and the scales of their blocks; the last block may be short."""
+    values = table(name).index_select(0, unpack(codes, high_first(name)).int())
+    whole = len(values) // group
+    values[: whole * group].view(whole, group).mul_(blocks[:whole, None])
+    if whole * group < len(values):
+        values[whole * group :].mul_(blocks[whole])
+    return values
 
 
 def block_scales(
@@ -157,75 +179,97 @@ def high_first(name: str) -> bool:
 
 def pack(codes: torch.Tensor, high: bool) -> torch.Tensor:
     """(..., n) codes below 16 -> (..., n / 2) bytes; `high`: the first element in the high half."""
-    first, second = codes[..., 0::2].to(torch.uint8), codes[..., 1::2].to(torch.uint8)
-    return first << 4 | second if high else second << 4 | first
+    pairs = codes.to(torch.uint8).contiguous().view(torch.int16)  # little-endian: the first in the low half
+    return (pairs << 4 | pairs >> 8 if high else pairs | pairs >> 4).to(torch.uint8)
 
 
 def unpack(packed: torch.Tensor, high: bool) -> torch.Tensor:
     """The inverse of `pack`: (..., n / 2) -> (..., n)."""
-    halves = (packed >> 4, packed & 15) if high else (packed & 15, packed >> 4)
-    return torch.stack(halves, -1).reshape(*packed.shape[:-1], -1)
+    wide = packed.to(torch.int16).contiguous()
+    return (wide >> 4 | wide << 8 if high else wide | wide << 4).bitwise_and_(0x0F0F).view(torch.uint8)
 
 
 def nest(coded: Coded) -> Coded:
     """Store float32 scales (blocks,) in one byte each, as bitsandbytes' compress_statistics does."""
     offset = coded.scale.mean()
     centred = coded.scale - offset
-    codes, second = [], []
+    codes, second, steps = [], [], dynamic_map()
     for part in centred.split(NESTED):
         largest = part.abs().max()
         scaled = (part * (1 / largest.clamp_min(1e-38))).clamp(-1, 1)
-        codes.append(_nearest(scaled, dynamic_map()))
+        codes.append(torch.bucketize(scaled, (steps[:-1] + steps[1:]) / 2))
         second.append(largest)
     return Coded(coded.codes, torch.cat(codes).to(torch.uint8), torch.stack(second), offset)
 
 
-def _bitsandbytes(weight: torch.Tensor, name: str, group: int) -> Coded:
+def _bitsandbytes(weight: torch.Tensor, name: Name, group: int) -> Coded:
     """Scaled by the reciprocal of the block's largest magnitude; the last, shorter block by division, as bitsandbytes does."""
     flat = weight.reshape(-1)
     whole = flat.numel() // group * group
-    blocks = flat[:whole].reshape(-1, group)
-    scale = blocks.abs().amax(1)  # (blocks,)
-    scaled = (blocks * (1 / scale.clamp_min(1e-38))[:, None]).clamp(-1, 1).reshape(-1)
+    scale = torch.empty(-(-flat.numel() // group))  # (blocks,)
+    codes = torch.empty(flat.numel() // 2, dtype=torch.uint8)
+    for part in _runs(whole, group):
+        blocks = flat[part].reshape(-1, group)
+        largest = blocks.abs().amax(1)
+        scaled = (blocks * largest.clamp_min(1e-38).reciprocal_()[:, None]).clamp_(-1, 1)
+        codes[part.start // 2 : part.stop // 2] = pack(_nearest(scaled.reshape(-1), name), True)
+        scale[part.start // group : part.stop // group] = largest
     if whole < flat.numel():
-        last = flat[whole:].abs().max().clamp_min(1e-38)
-        scale = torch.cat([scale, last[None]])
-        scaled = torch.cat([scaled, (flat[whole:] / last).clamp(-1, 1)])
-    codes = _nearest(scaled, table(name)).reshape(weight.shape)
-    return Coded(pack(codes, True), scale)
+        scale[-1] = flat[whole:].abs().max().clamp_min(1e-38)
+        codes[whole // 2 :] = pack(_nearest((flat[whole:] / scale[-1]).clamp(-1, 1), name), True)
+    return Coded(codes.reshape(len(weight), -1), scale)
 
 
-def _nearest(x: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """Index of the nearest of `values` for each element of x; a tie goes to the smaller value."""
-    order = torch.argsort(values, stable=True)  # fp4 is not in order, and has two zeros
-    ascending = values[order]
-    return order[torch.bucketize(x, (ascending[:-1] + ascending[1:]) / 2)]
+def _nearest(x: torch.Tensor, name: str) -> torch.Tensor:
+    """The code of the nearest value of a table for each element of x; a tie goes to the smaller value.
+
+    It counts the middles between values that lie below x, in steps from one code to the next: comparisons and sums go through
+    memory in order, where a search would branch.
+    """
+    order = torch.argsort(table(name), stable=True)  # fp4 is not in order, and has two zeros
+    ascending = table(name)[order]
+    codes, above = torch.full_like(x, int(order[0])), torch.empty_like(x)
+    for middle, step in zip(((ascending[:-1] + ascending[1:]) / 2).tolist(), order.diff().tolist(), strict=True):
+        codes.add_(torch.gt(x, middle, out=above), alpha=step)
+    return codes.to(torch.uint8)
 
 
 def _mxfp4(weight: torch.Tensor) -> Coded:
-    blocks = weight.reshape(len(weight), -1, 32)  # (out, in / 32, 32)
-    largest = blocks.abs().amax(-1)
-    _, exponent = torch.frexp(largest)  # largest = mantissa * 2^exponent, mantissa in [0.5, 1)
-    exponent = torch.where(largest > 0, exponent - 1 - 2, 0).clamp(-BIAS, BIAS)  # (out, in / 32)
-    scaled = torch.ldexp(blocks, -exponent[..., None])
-    return Coded(pack(e2m1(scaled).reshape(weight.shape), False), (exponent + BIAS).to(torch.uint8))
+    out, inputs = weight.shape
+    scale = torch.empty(out, inputs // 32, dtype=torch.uint8)
+    codes = torch.empty(out, inputs // 2, dtype=torch.uint8)
+    for part in parts(weight):
+        rows = weight[part]
+        blocks = rows.reshape(len(rows), -1, 32)
+        largest = blocks.abs().amax(-1)  # (rows, in / 32)
+        _, exponent = torch.frexp(largest)  # largest = mantissa * 2^exponent, mantissa in [0.5, 1)
+        exponent = torch.where(largest > 0, exponent - 1 - 2, 0).clamp(-BIAS, BIAS)
+        scaled = torch.ldexp(blocks, -exponent[..., None])
+        codes[part], scale[part] = pack(e2m1(scaled).reshape(rows.shape), False), (exponent + BIAS).to(torch.uint8)
+    return Coded(codes, scale)
 
 
 def _nvfp4(weight: torch.Tensor) -> Coded:
-    blocks = weight.reshape(len(weight), -1, 16)  # (out, in / 16, 16)
-    largest = blocks.abs().amax(-1)
-    second = largest.max() / (6 * 448)
+    out, inputs = weight.shape
+    low, high = torch.aminmax(weight)
+    second = torch.maximum(-low, high) / (6 * 448)
     second = torch.where(second > 0, second, 1.0)
-    scale = (largest / 6 / second).clamp(LOWEST, 448).to(torch.float8_e4m3fn)  # (out, in / 16)
-    scaled = blocks / (scale.float() * second)[..., None]
-    return Coded(pack(e2m1(scaled).reshape(weight.shape), False), scale.view(torch.uint8), second)
+    scale = torch.empty(out, inputs // 16, dtype=torch.float8_e4m3fn)
+    codes = torch.empty(out, inputs // 2, dtype=torch.uint8)
+    for part in parts(weight):
+        rows = weight[part]
+        blocks = rows.reshape(len(rows), -1, 16)
+        scale[part] = (blocks.abs().amax(-1) / 6 / second).clamp(LOWEST, 448).to(torch.float8_e4m3fn)
+        scaled = blocks / (scale[part].float() * second)[..., None]
+        codes[part] = pack(e2m1(scaled).reshape(rows.shape), False)
+    return Coded(codes, scale.view(torch.uint8), second)
 
 
 def e2m1(x: torch.Tensor) -> torch.Tensor:
     """E2M1 codes (uint8, below 16) of x: round to nearest, ties to even, saturate at 6."""
-    magnitude = x.abs()
-    code = torch.zeros_like(x, dtype=torch.uint8)
+    magnitude, above = x.abs(), torch.empty_like(x)
+    code = torch.lt(x, 0, out=above) * 8
     for index in range(7):
         middle = (E2M1[index] + E2M1[index + 1]) / 2
-        code += magnitude >= middle if index % 2 else magnitude > middle  # the even code gets the tie
-    return code | (x < 0).to(torch.uint8) << 3
+        code += (torch.ge if index % 2 else torch.gt)(magnitude, middle, out=above)  # the even code gets the tie
+    return code.to(torch.uint8)

@@ -8,12 +8,22 @@ ONNX Runtime's MatMulNBits. For 3 bits eight codes take three bytes. Unused bits
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 from ..common.errors import PlanishError, listed
 
+CHUNK = 1 << 17
+"""weights that are looked at together, so that intermediate values stay in a core's cache"""
 BITS = (2, 3, 4, 8)
 """widths that `pack` knows"""
+
+
+def parts(weight: torch.Tensor) -> Iterator[slice]:
+    """Runs of rows of a weight (out, in) that hold CHUNK values."""
+    step = max(1, CHUNK // weight.shape[1])
+    return (slice(start, start + step) for start in range(0, len(weight), step))
 
 
 def group_bytes(group: int, bits: int) -> int:

@@ -7,16 +7,13 @@ and the sign chooses which end of the weights it serves.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
-from ...kernels.packing import check_group
+from ...kernels.packing import CHUNK, check_group
 
-CHUNK = 1 << 17
-"""weights that are looked at together, so that intermediate values stay in a core's cache"""
 COARSE, FINE = 12, 6
 """steps of the clip search: over all ranges, then around the best"""
 NARROWEST = {8: 0.8, 4: 0.35, 3: 0.3, 2: 0.2}
@@ -66,12 +63,6 @@ def group_size(name: str, inputs: int, group: int | Literal["auto"] | None) -> i
         return next((g for g in (64, 32, 16) if inputs % g == 0), inputs)
     check_group(name, inputs, group)
     return group
-
-
-def parts(weight: torch.Tensor) -> Iterator[slice]:
-    """Runs of rows of a weight (out, in) that hold CHUNK values."""
-    step = max(1, CHUNK // weight.shape[1])
-    return (slice(start, start + step) for start in range(0, len(weight), step))
 
 
 def fit(

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 import pydantic
 import torch
 
+from ...kernels.packing import CHUNK
 from ..blocks import Linear
 from ..moments import Moments
 from . import grids
@@ -52,7 +53,7 @@ class Hqq(IntegerLinears):
         start = grids.fit(weight, self.bits, group, self.symmetric, clip=False)
         rows = weight.reshape(-1, group)
         scale, zero = start.scale.reshape(-1), start.zero.reshape(-1)  # (out * groups,)
-        step = max(1, grids.CHUNK // group)
+        step = max(1, CHUNK // group)
         parts = zip(rows.split(step), scale.split(step), zero.split(step), strict=True)
         found = [self._descend(*part) for part in parts]
         shape = start.scale.shape

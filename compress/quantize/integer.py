@@ -6,21 +6,29 @@ when they are quantized while the model runs.
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import ClassVar, Literal
 
 import pydantic
 import torch
 
 from ...kernels import linear_dynamic
-from ...kernels.packing import group_bytes, pack
+from ...kernels.packing import group_bytes, pack, parts
 from ..blocks import Linear
 from . import grids
 from .grids import Grid
-from .linears import Linears, Replacement
+from .linears import Linears, Replacement, Sizes
+
+
+SCALE = 4
+"""bytes of a scale"""
 
 
 class IntegerLinears(Linears):
     """Integer weights: bits, groups, zero points; activations in float or quantized at run time."""
+
+    zero_bytes: ClassVar[int] = 1
+    """of a zero point, which is a code"""
 
     bits: Literal[8, 4, 3, 2] = 4
     """of a weight"""
@@ -52,6 +60,15 @@ class IntegerLinears(Linears):
         """Columns of a group of a layer. Raises PlanishError when the field does not divide them."""
         return grids.group_size(item.name, item.weight.shape[1], self.group)
 
+    def stored(self, members: Sequence[Sizes]) -> int:
+        """Packed codes, a float32 scale for each group, and zero points."""
+        total = 0
+        for item in members:
+            group = grids.group_size(item.name, item.inputs, self.group)
+            each = group_bytes(group, self.bits) + SCALE + (0 if self.symmetric else self.zero_bytes)
+            total += item.outputs * (item.inputs // group) * each
+        return total
+
     def write(self, item: Linear, grid: Grid, codes: torch.Tensor | None, what: str) -> Replacement:
         """The op for codes (out, in) uint8 on a grid, None for the nearest ones; `what` names the method in the receipt.
 
@@ -60,7 +77,7 @@ class IntegerLinears(Linears):
         out, groups = grid.scale.shape
         group = item.weight.shape[1] // groups
         packed, lost = torch.empty(out, groups, group_bytes(group, self.bits), dtype=torch.uint8), 0.0
-        for part in grids.parts(item.weight):
+        for part in parts(item.weight):
             weight, local = item.weight[part], grid.rows(part)
             chosen = local.encode(weight) if codes is None else codes[part]
             packed[part] = pack(chosen, self.bits, group)
