@@ -9,6 +9,7 @@ and the scan's output allow none: SiLU stands in between.
 from __future__ import annotations
 
 import torch
+from outliers import factors
 from planish.compress import layers, mamba_graph
 from planish.compress.model import Model
 
@@ -23,12 +24,6 @@ def inject(
     module = model.graph
     generator = torch.Generator().manual_seed(seed)
 
-    def factors(n: int, count: int) -> torch.Tensor:
-        found = torch.ones(n)
-        chosen = torch.randperm(n, generator=generator)[:count]
-        found[chosen] = low + (high - low) * torch.rand(count, generator=generator)
-        return found  # (n,)
-
     for block in mamba_graph.blocks(model):
         nodes = {"in_proj": block.in_proj, "conv1d": block.conv, "x_proj": block.x_proj, "dt_proj": block.dt_proj}
         weights = {name: layers.value(module, node.args[1]).clone() for name, node in nodes.items()}
@@ -37,15 +32,15 @@ def inject(
         if layers.argument(block.in_proj, "bias") is not None or layers.argument(block.x_proj, "bias") is not None:
             raise ValueError(f"{block.name}: biases in front of the outliers are not provided for")
         if "convolution" in sites:
-            f = factors(width, channels)
+            f = factors(width, channels, low, high, generator)
             weights["in_proj"][:width] *= f[:, None]
             weights["conv1d"] /= f[:, None, None]
         if "step" in sites:
-            f = factors(rank, 1)
+            f = factors(rank, 1, low, high, generator)
             weights["x_proj"][:rank] *= f[:, None]
             weights["dt_proj"] /= f
         if "state" in sites:
-            f = factors(states, 1)
+            f = factors(states, 1, low, high, generator)
             weights["x_proj"][rank : rank + states] *= f[:, None]
             weights["x_proj"][rank + states :] /= f[:, None]
         for name, node in nodes.items():

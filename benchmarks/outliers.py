@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import torch
 from planish.compress import blocks, layers
+from planish.compress.blocks import Linear
 from planish.compress.model import Model
+from torch.fx import GraphModule
 
 aten = torch.ops.aten
 GAINS = (aten.mul.Tensor, aten.rms_norm.default, aten.layer_norm.default)
@@ -26,6 +28,25 @@ def gains(node):
     return []
 
 
+def behind_norms(module: GraphModule) -> list[list[Linear]]:
+    """The groups of linears that alone read a norm with a gain; an `lm_head` is in none."""
+    nodes = [n for n in module.graph.nodes if n.op == "call_function"]
+    found = []
+    for group in blocks.groups(module, nodes, lambda name: not name.endswith("lm_head")):
+        source = group[0].source
+        if source.target in GAINS and gains(source) and set(source.users) == {item.node for item in group}:
+            found.append(group)
+    return found
+
+
+def factors(width: int, channels: int, low: float, high: float, generator: torch.Generator) -> torch.Tensor:
+    """(width,) ones, and in `channels` places drawn by the generator numbers between `low` and `high`."""
+    found = torch.ones(width)
+    picked = torch.randperm(width, generator=generator)[:channels]
+    found[picked] = low + (high - low) * torch.rand(channels, generator=generator)
+    return found
+
+
 def inject(
     model: Model, channels: int = 4, low: float = 20, high: float = 60, seed: int = 0
 ) -> tuple[Model, dict[str, list[int]]]:
@@ -34,19 +55,13 @@ def inject(
     generator = torch.Generator().manual_seed(seed)
     module = model.graph
     chosen: dict[str, list[int]] = {}
-    nodes = [n for n in module.graph.nodes if n.op == "call_function"]
-    for group in blocks.groups(module, nodes, lambda name: not name.endswith("lm_head")):
+    for group in behind_norms(module):
         source = group[0].source
-        if source.target not in GAINS or not gains(source) or set(source.users) != {item.node for item in group}:
-            continue
-        width = group[0].weight.shape[1]
-        picked = torch.randperm(width, generator=generator)[:channels]
-        factor = torch.ones(width)
-        factor[picked] = low + (high - low) * torch.rand(channels, generator=generator)
+        factor = factors(group[0].weight.shape[1], channels, low, high, generator)
         for index, parameter in gains(source):
-            name = layers.parameter(parameter)
+            name = str(layers.parameter(parameter))
             layers.store(module, source, index, name, layers.value(module, parameter) * factor)
-            chosen[name] = sorted(picked.tolist())
+            chosen[name] = (factor != 1).nonzero().flatten().tolist()
         for item in group:
             layers.store(module, item.node, 1, f"{item.name}.weight", item.weight / factor)
     layers.drop_unused(module)

@@ -13,10 +13,12 @@ from ...kernels import linear_ovp
 from ...kernels.outlier_victim import Codec, codec, outlier_pairs, search
 from ..blocks import Linear
 from ..moments import Moments
-from .linears import Linears, Replacement
+from .linears import Linears, Replacement, Sizes
 
 assert linear_ovp.LinearOvp  # its import defines the op
 Grid = Literal["int", "flint", "auto"]
+SEARCH_ROWS = 512
+"""activations that the search for a step looks at, spread evenly, besides the largest of each channel"""
 
 
 class Ovp(Linears):
@@ -49,15 +51,18 @@ class Ovp(Linears):
         """Quantized activations do."""
         return self.activations is not None
 
+    def stored(self, members: Sequence[Sizes]) -> int:
+        """Codes, a float32 step for each row, and one for the input."""
+        _check_even(members[0].name, members[0].inputs)
+        row = members[0].inputs * self.bits // 8 + 4
+        return sum(item.outputs * row + (0 if self.activations is None else 4) for item in members)
+
     def replacements(
         self, members: Sequence[Linear], moments: Moments | None, generator: torch.Generator
     ) -> list[Replacement]:
         """Layers that read one tensor share its step. Raises PlanishError for an odd number of input columns."""
         inputs = members[0].weight.shape[1]
-        if inputs % 2:
-            raise PlanishError(
-                f"layer '{members[0].name}': outlier-victim pairs need an even number of input columns; it has {inputs}"
-            )
+        _check_even(members[0].name, inputs)
         if moments is None or self.activations is None:
             return [self._weights(item, None, None, None) for item in members]
         weighted = self.criterion == "outputs"
@@ -68,7 +73,7 @@ class Ovp(Linears):
 
     def _activations(self, moments: Moments, bits: int, importance: torch.Tensor | None) -> tuple[Codec, torch.Tensor]:
         """Format and step () of what the layers read."""
-        rows = moments.kept  # (rows, in)
+        rows = moments.kept[:: -(-len(moments.kept) // SEARCH_ROWS)]  # (rows, in)
         if float(moments.peak.max()) > float(rows.abs().max()):  # the search must see the largest values of the data
             extreme = torch.where(moments.high > -moments.low, moments.high, moments.low)
             rows = torch.cat([rows, extreme[None]])
@@ -100,6 +105,13 @@ class Ovp(Linears):
         found = [search(x, form, by_row, importance) for form in forms]
         best = min(range(len(forms)), key=lambda i: float(found[i][1].sum()))
         return forms[best], found[best][0]
+
+
+def _check_even(name: str, inputs: int) -> None:
+    if inputs % 2:
+        raise PlanishError(
+            f"layer '{name}': outlier-victim pairs need an even number of input columns; it has {inputs}"
+        )
 
 
 def _relative(importance: torch.Tensor) -> torch.Tensor:
