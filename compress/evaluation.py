@@ -32,7 +32,7 @@ class Language:
     inputs: tuple[Input, ...]
     """input_ids, perhaps attention_mask, and states"""
     outputs: tuple[str, ...]
-    """the scores, then the states in the order of the state inputs"""
+    """the scores first, the states last, in the order of the state inputs; what stands between (a counter) is not looked at"""
     source: str
 
     @property

@@ -80,6 +80,17 @@ def test_the_counter_is_an_output_for_each_sample_in_front_of_the_states(quantiz
     assert np.array_equal(again["logits"], predict(quantized, few)["logits"])
 
 
+def test_generation_carries_its_states_past_the_counter(quantized, tokens):
+    """The counter is an output between the scores and the states; scored in two pieces, a text has the scores of the whole."""
+    rows = tokens.inputs["input_ids"][:3]
+    language = evaluation.language(quantized)
+    first, states = language.step(rows[:, :20], language.empty(3))
+    assert [i.name for i in quantized.inputs if i.state] == list(states)
+    assert all(v.shape[2] == 20 for v in states.values())
+    second, _ = language.step(rows[:, 20:], states)
+    np.testing.assert_allclose(np.concatenate([first, second], 1), language.scores(rows), atol=1e-3)
+
+
 def test_values_that_calibration_did_not_see_are_counted_in_torch_and_in_onnx(injected, tokens):
     tokens = Data({"input_ids": tokens.inputs["input_ids"][:2]}, None, "two rows")
     model = apply(LlmInt8(threshold=1.5), injected[0], tokens)

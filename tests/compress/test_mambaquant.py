@@ -32,9 +32,7 @@ WIDTH, CHANNELS, STATES, RANK = 24, 48, 4, 4  # Hadamard matrices of order 24 an
 def activations() -> torch.Tensor:
     g = torch.Generator().manual_seed(0)
     n = 256
-    spectrum = 10 ** torch.linspace(0, -4, n, dtype=torch.float64)
-    basis = torch.linalg.qr(torch.randn(n, n, generator=g, dtype=torch.float64)).Q
-    x = torch.randn(4096, n, generator=g, dtype=torch.float64) * spectrum @ basis
+    x = torch.randn(4096, n, generator=g, dtype=torch.float64) @ torch.randn(n, n, generator=g, dtype=torch.float64)
     x[:, torch.randperm(n, generator=g)[:5]] *= 20
     return x - x.mean(0)
 
@@ -52,18 +50,24 @@ def peak(x: torch.Tensor) -> float:
 
 
 def test_klt_times_hadamard_equalizes_channels_and_no_other_product_does() -> None:
+    """METHODS A6 (c): ratio of channel variances 568, 1.61, 1.53, 7.5e8, 1.000 and 19.6; largest over median peak 21.8, 1.29 and 1.24."""
     x = activations()
     second = x.T @ x
     g = torch.Generator().manual_seed(1)
     signs = torch.randint(0, 2, (256, 1), generator=g).double() * 2 - 1
-    h, k = signs * hadamard_matrix(256), klt(second)
+    plain = hadamard_matrix(256)
+    h, k = signs * plain, klt(second)
     kh = klt_hadamard(second, h)
     assert (kh @ kh.T - torch.eye(256)).abs().max() < 1e-12
+    assert 500 < spread(x) < 650
+    assert 1.3 < spread(x @ plain) < 2.2
+    assert 1.3 < spread(x @ h) < 2.2
+    assert spread(x @ k) > 1e7, "without H it is worse than nothing"
     assert spread(x @ kh) <= 1.001
-    assert 1.05 < spread(x @ h) < spread(x @ (h @ k)), "the wrong order loses the property"
-    assert spread(x @ k) > spread(x) > spread(x @ h), "without H it is worse than nothing"
-    assert peak(x @ kh) < peak(x) / 10
-    assert peak(x @ h) < peak(x) / 10
+    assert 15 < spread(x @ (h @ k)) < 30, "the wrong order loses the property"
+    assert 20 < peak(x) < 28
+    assert 1.2 < peak(x @ h) < 1.45
+    assert 1.1 < peak(x @ kh) < peak(x @ h)
 
 
 def test_klt_on_held_out_rows_is_close_but_not_equal() -> None:

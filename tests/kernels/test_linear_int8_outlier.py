@@ -44,13 +44,16 @@ def per_tensor(x, weight):
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_the_decomposition_is_as_much_better_as_its_card_says(seed):
+    """METHODS A2 (c): 0.072 to 0.079 per tensor, 0.033 to 0.034 vector-wise, 0.0027 with float and 0.0078 with int8 outlier weights."""
     x, weight, columns = layer(seed)
     tensor = error(per_tensor(x, weight), x, weight)
     vector = error(run(x, weight, threshold=float("inf"))[0], x, weight)
     paper = error(run(x, weight, columns, exact=True)[0], x, weight)
     restored = error(run(x, weight)[0], x, weight)
-    assert 0.06 < tensor < 0.09
-    assert vector < tensor
+    assert 0.07 < tensor < 0.08
+    assert 0.032 < vector < 0.035
+    assert paper < 0.0033
+    assert 0.0075 < restored < 0.0082
     assert paper <= vector / 8
     assert restored <= vector / 3
     hot = (x.abs() >= 6).any(0).nonzero().flatten()
