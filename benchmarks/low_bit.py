@@ -41,6 +41,8 @@ LENGTH = 128
 CALIBRATION, EVALUATION = 64, 160
 """windows"""
 
+FOUR = "bits: 4, activations: 4, group: auto, granularity: group"
+"""weights and activations with a scale for each group of 64 columns, as in SVDQuant"""
 METHODS = {
     # label: (bits of weights and activations, passes)
     "rtn W8A8": ("W8A8", ["quantize.dynamic: {clip: false}"]),
@@ -50,8 +52,8 @@ METHODS = {
     "smoothquant": ("W8A8", ["quantize.smoothquant", "quantize.dynamic: {clip: false}"]),
     "hadamard": ("W8A8", ["quantize.rotate", "quantize.dynamic: {clip: false}"]),
     "klt x hadamard": ("W8A8", ["quantize.rotate: {kind: klt-hadamard}", "quantize.dynamic: {clip: false}"]),
-    "rtn W4A4": ("W4A4", ["quantize.dynamic: {bits: 4, activations: 4, group: auto, clip: false}"]),
-    "hadamard W4A4": ("W4A4", ["quantize.rotate", "quantize.dynamic: {bits: 4, activations: 4, group: auto}"]),
+    "rtn W4A4": ("W4A4", [f"quantize.dynamic: {{{FOUR}, clip: false}}"]),
+    "hadamard W4A4": ("W4A4", ["quantize.rotate", f"quantize.dynamic: {{{FOUR}}}"]),
     "ovp W4A4": ("W4A4", ["quantize.ovp"]),
     "ovp int or flint W4A4": ("W4A4", ["quantize.ovp: {grid: auto}"]),
     "svdquant W4A4": ("W4A4", ["quantize.svdquant"]),

@@ -34,7 +34,7 @@ from ..model import Model
 from ..moments import Moments
 from ..passes import Context
 from . import gptq
-from .linears import Linears, Replacement
+from .linears import Linears, Replacement, Sizes
 
 CANDIDATES = ((0.0, 0.0), *((i / 20, b) for i in range(1, 20) for b in (0.0, 1 - i / 20)))
 """(a, b) of the smoothing search"""
@@ -95,6 +95,7 @@ class Svdquant(Linears):
 
     needs_data: ClassVar[bool] = True
     calibrates: ClassVar[bool] = True
+    copies: ClassVar[int] = 10
 
     bits: Literal[8, 4] = 4
     """of the residual's weights"""
@@ -108,6 +109,13 @@ class Svdquant(Linears):
     """of the refinement, at most"""
     gptq: bool = False
     """round the residual with GPTQ, instead of the refinement, which gains nothing more then"""
+
+    def stored(self, members: Sequence[Sizes]) -> int:
+        """Packed codes and float32 scales of whole groups, float16 up; smooth and float16 down once."""
+        inputs, outputs = members[0].inputs, sum(item.outputs for item in members)
+        group, rank = min(self.group, inputs), min(self.rank, inputs, outputs)
+        groups = -(-inputs // group)
+        return outputs * (groups * (packing.group_bytes(group, self.bits) + 4) + 2 * rank) + inputs * (4 + 2 * rank)
 
     def replacements(
         self, members: Sequence[Linear], moments: Moments | None, generator: torch.Generator
@@ -230,7 +238,8 @@ class Problem:
         y = self.form.activations(x, found.smooth) @ residual.T + ((x * found.smooth) @ found.down.float().T) @ found.up.float().T  # fmt: skip
         if self.form.shift:
             y -= self.form.shift * (residual[:, : len(found.smooth)] @ found.smooth)
-        return float((y - self.y[::step]).square().sum(dtype=torch.float64))
+        y -= self.y[::step]
+        return float(torch.linalg.vecdot(y, y).sum(dtype=torch.float64))
 
     def branch(self, matrix: torch.Tensor, exact: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(down (r, in), up (out, r)) in float16: the best approximation of `matrix` (out, in) of rank r.
@@ -240,15 +249,28 @@ class Problem:
         if not self.rank:
             return matrix.new_empty((0, matrix.shape[1])).half(), matrix.new_empty((len(matrix), 0)).half()
         if min(matrix.shape) <= exact:
-            u, s, v = torch.linalg.svd(matrix.double(), full_matrices=False)
-        else:
-            basis = torch.linalg.qr(matrix @ self.start).Q  # (out, r + 16)
-            for _ in range(2):
-                basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.T @ basis).Q).Q
-            u, s, v = torch.linalg.svd((basis.T @ matrix).double(), full_matrices=False)
-            u = basis.double() @ u
+            return leading(matrix.double(), self.rank)
+        basis = torch.linalg.qr(matrix @ self.start).Q  # (out, r + 16)
+        for _ in range(2):
+            basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.T @ basis).Q).Q
+        u, s, v = torch.linalg.svd((basis.T @ matrix).double(), full_matrices=False)
         r = self.rank
-        return v[:r].half().contiguous(), (u[:, :r] * s[:r]).half().contiguous()
+        return v[:r].half().contiguous(), (basis.double() @ u[:, :r] * s[:r]).half().contiguous()
+
+
+def leading(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(V^T (rank, in), U S (out, rank)) in float16 of the largest singular values of a float64 matrix (out, in).
+
+    From the eigenvectors of the smaller of M^T M and M M^T, which takes a third of the time of a decomposition of M. What the squares
+    lose, relative to the largest singular value about 1e-8, is far below float16.
+    """
+    if len(matrix) >= matrix.shape[1]:
+        v = torch.linalg.eigh(matrix.T @ matrix).eigenvectors[:, -rank:].flip(1)  # (in, rank)
+        return v.T.half().contiguous(), (matrix @ v).half().contiguous()
+    u = torch.linalg.eigh(matrix @ matrix.T).eigenvectors[:, -rank:].flip(1)  # (out, rank)
+    rows = u.T @ matrix  # (rank, in)
+    size = rows.norm(dim=1).clamp_min(torch.finfo(torch.float64).tiny)  # (rank,)
+    return (rows / size[:, None]).half().contiguous(), (u * size).half().contiguous()
 
 
 def strength(activations: torch.Tensor, weights: torch.Tensor, a: float, b: float) -> torch.Tensor:

@@ -13,7 +13,7 @@ from planish.compress.data import Data
 from planish.compress.model import predict, trace
 from planish.compress.passes import Context
 from planish.compress.quantize.dynamic import Dynamic
-from planish.compress.quantize.svdquant import CANDIDATES, Format, Problem, Svdquant, strength
+from planish.compress.quantize.svdquant import CANDIDATES, Format, Problem, Svdquant, leading, strength
 from planish.export.lowering import to_onnx
 from planish.kernels import linear_svd
 from planish.targets import target
@@ -93,6 +93,21 @@ def test_a_branch_of_full_rank_is_exact():
     assert (y - exact).norm() <= 1e-5 * exact.norm()
     task = problem(weight, x, 96, Format(4, 64, 16))  # float16 factors: the residual makes up for their rounding
     assert relative(task, task.rounded(smooth, *task.branch(weight / smooth, 96))) < 1e-4
+
+
+@pytest.mark.parametrize("shape", [(40, 24), (24, 40)])
+def test_the_branch_is_the_truncated_decomposition_also_of_a_matrix_of_lower_rank(shape):
+    generator = torch.Generator().manual_seed(0)
+    full = torch.randn(shape, generator=generator, dtype=torch.float64)
+    low = (
+        torch.randn(shape[0], 3, generator=generator).double() @ torch.randn(3, shape[1], generator=generator).double()
+    )
+    for matrix in (full, low, torch.zeros_like(full)):
+        u, s, v = torch.linalg.svd(matrix, full_matrices=False)
+        down, up = leading(matrix, 8)
+        best = u[:, :8] * s[:8] @ v[:8]
+        assert (up.double() @ down.double() - best).norm() <= 1e-3 * best.norm()
+        assert down.norm(dim=1).max() < 1.001
 
 
 def test_the_smoothing_search_has_39_candidates_and_survives_dead_channels():
