@@ -69,7 +69,7 @@ def node_macs(node: Node, shapes: Shapes) -> int:
         x = _shape(node, 0, shapes)  # (time, batch, features), batch and time swapped with batch_first
         kernels = [prod(s) for s in _list_shapes(node, shapes) if len(s) == 2]
         return x[0] * x[1] * sum(kernels)
-    if op.startswith("planish.linear"):  # some have a second output, so the shape of the weight's codes (out, ...) is taken
+    if op.startswith("planish.linear"):  # some have a second output: the codes (out, ...) tell the first one's width
         return prod(_shape(node, 0, shapes)) * _shape(node, 1, shapes)[0]
     return 0
 

@@ -6,7 +6,8 @@ few exact rewrites bring the graph into the form that runtimes fuse:
 - a mean over height and width is GlobalAveragePool, which has an integer kernel where ReduceMean has none;
 - an op that only moves or selects values (Slice, Pad, Reshape, Transpose, MaxPool, ...) between a dequantize and a
   quantize with equal parameters runs on the codes themselves;
-- a zero pad in front of a convolution is the convolution's own padding.
+- a zero pad in front of a convolution is the convolution's own padding;
+- quantized weights that are transposed before they are read are stored transposed.
 """
 
 from __future__ import annotations
@@ -78,6 +79,7 @@ def to_onnx(model: Model, lower: bool = True) -> onnx.ModelProto:
     graph.global_means()
     graph.moves_on_codes()
     graph.pads_into_convolutions()
+    graph.transposes_into_weights()
     graph.drop_unused()
     graph.name_nodes()
     _strip(proto, model)
@@ -199,6 +201,27 @@ class _Graph:
             self.graph.node.remove(pad)
             self._index()
 
+    def transposes_into_weights(self) -> None:
+        """DequantizeLinear of constant codes -> Transpose: the codes are stored transposed, and what multiplies reads them directly."""
+        for node in list(self.graph.node):
+            source = self.maker.get(node.input[0]) if node.op_type == "Transpose" else None
+            if source is None or source.op_type != "DequantizeLinear" or source.input[0] not in self.constants:
+                continue
+            codes = self.constants[source.input[0]]
+            order = next((list(a.ints) for a in node.attribute if a.name == "perm"), list(reversed(range(codes.ndim))))
+            attributes = {a.name: helper.get_attribute_value(a) for a in source.attribute}
+            axis = attributes.get("axis", 1) % codes.ndim
+            layer, _, what = source.input[0].rpartition(".")
+            name = f"{layer}.{what}_transposed" if layer else f"{what}_transposed"
+            self._add_constant(name, np.ascontiguousarray(codes.transpose(order)))
+            attributes["axis"] = order.index(axis)
+            inputs = [name, *source.input[1:]]
+            place = list(self.graph.node).index(node)
+            made = helper.make_node("DequantizeLinear", inputs, list(node.output), name=node.name, **attributes)
+            self.graph.node.remove(node)
+            self.graph.node.insert(place, made)
+            self._index()
+
     def drop_unused(self) -> None:
         """Nodes and initializers that nothing reads any more."""
         changed = True
@@ -216,18 +239,27 @@ class _Graph:
         """Call every node that reads a weight by its layer (`layer1.0.conv1`), the others by the value they make."""
         taken: set[str] = set()
         for node in self.graph.node:
-            name = node.output[0]
-            if len(node.input) > 1:
-                source = self.maker.get(node.input[1])
-                weight = (
-                    source.input[0] if source is not None and source.op_type == "DequantizeLinear" else node.input[1]
-                )
-                if weight in self.constants and self.constants[weight].ndim > 1 and "." in weight:
-                    name = weight.rpartition(".")[0]
+            name = self._layer(node) or node.output[0]
             while name in taken:
                 name += "_"
             taken.add(name)
             node.name = name
+
+    def _layer(self, node: onnx.NodeProto) -> str | None:
+        """The layer whose weight a node reads: as its second input, or anywhere behind the first one in a fused op."""
+        for value in node.input[1:] if node.domain == fused.DOMAIN else node.input[1:2]:
+            weight = self._stored(value)
+            if weight in self.constants and self.constants[weight].ndim > 1 and "." in weight:
+                return weight.rpartition(".")[0]
+        return None
+
+    def _stored(self, value: str) -> str:
+        """The constant that a value is decoded or converted from; the value itself where there is none."""
+        source = self.maker.get(value)
+        while source is not None and source.op_type in ("DequantizeLinear", "Cast"):
+            value = source.input[0]
+            source = self.maker.get(value)
+        return value
 
 
 def _strip(proto: onnx.ModelProto, model: Model) -> None:

@@ -41,7 +41,7 @@ class SelectiveScan(Lowering):
         mixing = [m for m in (rotation, outer, inner) if m is not None] if scale else []
         batch, time, channels = use.shape("x")
         states = a.shape[1]
-        operands = [tensors["x"], tensors["delta"], tensors["b"], weights, tensors["state"], _constant(use, a.T)]
+        operands = [tensors["x"], tensors["delta"], tensors["b"], weights, tensors["state"], use.constant(a.T)]
         operands += [_constant(use, m) for m in mixing]
         shapes = [(batch, time, channels), (batch, channels, states)]
         kernel = _Kernel(use, shapes, scale, rotation is not None, None if outer is None or inner is None else (len(outer), len(inner)))  # fmt: skip
