@@ -6,8 +6,9 @@ The last dimension of x (..., n) falls into blocks of `block` elements; each blo
 
 `signs` (n,) are +1 and -1, all +1 when absent. With `transposed` the product is with H^T and the signs come last, which undoes
 the other form. H of order 2^k m is the Kronecker product of Sylvester's matrix of order 2^k and a base of order m, divided by
-the square root of the order. Bases: Paley (1933), both constructions, over the primes; for 52, 156 and 172, where no
-prime serves, the array of Goethals and Seidel (1967) of four circulants whose rows are constant on the orbits of a group of multipliers.
+the square root of the order. Bases: Paley (1933), both constructions, over the primes; where no prime
+serves (52, 92, 100, 116, 156, 172), the array of Goethals and Seidel (1967) of four circulants whose rows are constant on the orbits of a group
+of multipliers. Every multiple of 4 up to 184 is an order.
 """
 
 from __future__ import annotations
@@ -21,7 +22,14 @@ import torch
 
 from .fused import Builder, Call, Fused, register
 
-CIRCULANTS = {13: ((3,), (8, 12, 6, 6)), 39: ((14, 16), (240, 484, 188, 334)), 43: ((6, 42), (112, 60, 42, 25))}
+CIRCULANTS = {
+    13: ((3,), (8, 12, 6, 6)),
+    23: ((22,), (1549, 1875, 1329, 912)),
+    25: ((24,), (3420, 251, 1641, 1073)),
+    29: ((28,), (7106, 6114, 8531, 4748)),
+    39: ((14, 16), (240, 484, 188, 334)),
+    43: ((6, 42), (112, 60, 42, 25)),
+}
 """order of the circulants: (multipliers, for each of the four rows which orbits are -1, as bits in order of their least element)"""
 WIDEST = 64
 """largest factor of Sylvester's matrix that the ONNX form multiplies at once"""

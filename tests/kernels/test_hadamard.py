@@ -12,7 +12,7 @@ from planish.kernels.fused import Builder, Call
 BASES = (12, 20, 28, 36, 40, 52, 60, 108, 140, 156, 172)
 
 
-@pytest.mark.parametrize("order", [1, 2, 4, 8, 64, 256, *BASES, 24, 192, 344, 384, 416])
+@pytest.mark.parametrize("order", [1, 2, 4, 8, 64, 256, *BASES, 92, 100, 116, 24, 192, 344, 384, 416])
 def test_a_matrix_is_orthogonal_with_entries_of_equal_size(order):
     matrix = hadamard.hadamard_matrix(order)
     assert hadamard.largest_block(order) == order
@@ -23,7 +23,8 @@ def test_a_matrix_is_orthogonal_with_entries_of_equal_size(order):
 def test_other_orders_use_the_largest_block_that_divides_them():
     assert hadamard.largest_block(14) == 2
     assert hadamard.largest_block(5) == 1
-    assert hadamard.largest_block(92) == 4
+    assert hadamard.largest_block(188) == 4
+    assert all(hadamard.largest_block(n) == n for n in range(4, 188, 4))
     assert hadamard.largest_block(288) == 288  # 8 x 36
     with pytest.raises(ValueError, match="order 14"):
         hadamard.hadamard_matrix(14)
