@@ -105,7 +105,12 @@ def generate(model: Language, how: Text, prompt: str, count: int) -> Generated:
         made.append(token)
         given = [token] if states else [*ids, *made]
     seconds = time.perf_counter() - started
-    return Generated(tokenizer.decode(made), len(made), len(ids), steps / seconds if steps else None)
+    before, whole = (
+        tokenizer.decode(ids),
+        tokenizer.decode([*ids, *made]),
+    )  # a space in front may only show behind other text
+    written = whole.removeprefix(before) if whole.startswith(before) else tokenizer.decode(made)
+    return Generated(written, len(made), len(ids), steps / seconds if steps else None)
 
 
 def read(spec: str, item: Artifact, length: int | None = None) -> Data:

@@ -13,26 +13,9 @@ transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:transformers", "ignore::FutureWarning:transformers")
 
-WORDS = [
-    "the",
-    "cat",
-    "sat",
-    "on",
-    "mat",
-    "and",
-    "dog",
-    "ran",
-    "to",
-    "tree",
-    "then",
-    "it",
-    "slept",
-    "under",
-    "big",
-    "red",
-    "sun",
-]
-RECIPE = "name: low\npasses:\n  - quantize.auto: {bits: 5.0, samples: 4}\n"
+SENTENCE = "the cat sat on mat and dog ran to tree then it slept under big red sun"
+WORDS = SENTENCE.split()
+RECIPE = "name: low\npasses:\n  - quantize.rtn: {bits: 4, group: 16}\n"
 
 
 def planish(*words):
@@ -71,8 +54,7 @@ def place(tmp_path_factory):
     )  # fmt: skip
     model = transformers.LlamaForCausalLM(config)
     made = make_tokenizer()
-    sentence = " ".join(WORDS)
-    ids = torch.tensor([made.encode(f"{sentence} {sentence}", add_special_tokens=False).ids])
+    ids = torch.tensor([made.encode(f"{SENTENCE} {SENTENCE}", add_special_tokens=False).ids])
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
     for _ in range(40):
         loss = model(input_ids=ids, labels=ids).loss
@@ -81,7 +63,7 @@ def place(tmp_path_factory):
         optimizer.step()
     model.eval().save_pretrained(folder / "llama")
     made.save(str(folder / "llama" / "tokenizer.json"))
-    (folder / "text.txt").write_text(f"{sentence} " * 20)
+    (folder / "text.txt").write_text(f"{SENTENCE} " * 20)
     (folder / "low.yaml").write_text(RECIPE)
     return folder
 
@@ -107,7 +89,7 @@ def test_perplexity_is_the_same_on_every_runtime(compressed, capsys):
     original = said(capsys, "evaluate", "llama", *windows)
     assert original["metric"] == "perplexity" and original["runtime"] == "pt2"
     assert 1 < original["value"] < 3  # it knows the sentence, and not where a window begins
-    assert original["n"] == len("x " * 18 * 20) // 2 // 16 * 15
+    assert original["n"] == len(WORDS) * 20 // 16 * 15
     small, artifact = (said(capsys, "evaluate", m, *windows) for m in ("small", "artifact"))
     assert artifact["runtime"] == "ort" and small["n"] == artifact["n"] == original["n"]
     assert artifact["value"] == pytest.approx(small["value"], rel=0.02)
@@ -142,9 +124,13 @@ def test_generation_goes_on_with_the_sentence(compressed, capsys, model, runtime
     assert report["text"].split() == ["on", "mat", "and", "dog", "ran", "to"]
     assert (report["tokens"], report["prompt_tokens"], report["runtime"]) == (6, 3, runtime)
     assert report["tokens_per_second"] > 0
-    assert planish("generate", model, "-p", "the cat sat", "-n", "2") == 0
+
+
+def test_generation_prints_prompt_and_continuation(compressed, capsys):
+    assert planish("generate", "artifact", "-p", "the cat sat", "-n", "2") == 0
     shown = capsys.readouterr().out.splitlines()
-    assert shown[0].split() == ["the", "cat", "sat", "on", "mat"] and "tokens/s" in shown[1]
+    assert shown[0] == "the cat sat on mat"
+    assert "tokens/s" in shown[1]
 
 
 def test_inspect_shows_layers_outliers_and_what_was_done(compressed, capsys):
@@ -167,8 +153,8 @@ def test_inspect_shows_layers_outliers_and_what_was_done(compressed, capsys):
 @pytest.mark.parametrize(
     "words, message",
     [
-        (("generate", "llama", "-p", "the", "-n", "64"), "exceed the 64"),
-        (("generate", "llama", "-n", "4"), "no token that begins a text"),
+        (("generate", "artifact", "-p", "the", "-n", "64"), "exceed the 64"),
+        (("generate", "artifact", "-n", "4"), "no token that begins a text"),
         (("inspect", "artifact"), "is an artifact"),
         (("evaluate", "llama"), "carries no answers of an original model"),
         (("evaluate", "artifact", "--data", "none.txt"), "'none.txt' does not exist"),
