@@ -35,6 +35,7 @@ LAYERS = [
     ("torchao", "rtn4-g128"),
     ("torchao", "rtn8"),
     ("onnxruntime", "rtn4-g128"),
+    ("onnxruntime", "rtn4-g32"),
     ("onnxruntime", "hqq4-g64"),
     ("hqq", "hqq4-g64"),
     ("hqq", "hqq2-g64"),

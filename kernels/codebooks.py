@@ -231,7 +231,7 @@ def _nearest(x: torch.Tensor, name: str) -> torch.Tensor:
     codes, above = torch.full_like(x, int(order[0])), torch.empty_like(x)
     for middle, step in zip(((ascending[:-1] + ascending[1:]) / 2).tolist(), order.diff().tolist(), strict=True):
         codes.add_(torch.gt(x, middle, out=above), alpha=step)
-    return codes.to(torch.uint8)
+    return codes.to(torch.int16).to(torch.uint8)  # two conversions take a third of the time of one
 
 
 def _mxfp4(weight: torch.Tensor) -> Coded:
