@@ -52,6 +52,8 @@ METHODS = {
     "smoothquant": ("W8A8", ["quantize.smoothquant", "quantize.dynamic: {clip: false}"]),
     "hadamard": ("W8A8", ["quantize.rotate", "quantize.dynamic: {clip: false}"]),
     "klt x hadamard": ("W8A8", ["quantize.rotate: {kind: klt-hadamard}", "quantize.dynamic: {clip: false}"]),
+    "rtn W4A8": ("W4A8", ["quantize.dynamic: {bits: 4, group: auto, clip: false}"]),
+    "hadamard W4A8": ("W4A8", ["quantize.rotate", "quantize.dynamic: {bits: 4, group: auto}"]),
     "rtn W4A4": ("W4A4", [f"quantize.dynamic: {{{FOUR}, clip: false}}"]),
     "hadamard W4A4": ("W4A4", ["quantize.rotate", f"quantize.dynamic: {{{FOUR}}}"]),
     "ovp W4A4": ("W4A4", ["quantize.ovp"]),
@@ -152,6 +154,10 @@ def methods(name, kind, only):
     found = {} if kind in SITES else dict(METHODS)
     if name == "mamba":  # JSON is YAML
         found |= {label: ("W8A8", [f"quantize.mambaquant: {json.dumps(fields)}"]) for label, fields in STATIC.items()}
+        found["mamba rotations W4A8"] = (
+            "W4A8",
+            ["quantize.mamba_rotations", "quantize.dynamic: {bits: 4, group: auto}"],
+        )
     return {label: method for label, method in found.items() if not only or only in label}
 
 
