@@ -144,6 +144,8 @@ def _search(x: torch.Tensor, h: torch.Tensor | None, bits: int, symmetric: bool)
     half, top = 2 ** (bits - 1), 2**bits - 1
     middle = torch.full_like(low, half)
     best = _Best(x, h, bits)
+    if symmetric:
+        best.zero = middle  # of all-zero groups too, for which no trial is better than none
 
     def attempt(factor: torch.Tensor, sign: torch.Tensor) -> None:
         if symmetric:

@@ -171,3 +171,13 @@ def test_a_layer_that_the_user_skips_stays_as_it_is():
     result = run(RoundToNearest(skip=("2",)), model)
     assert {e.tensor: e.action for e in result.receipt} == {"0.weight": "quantized", "2.weight": "left"}
     assert torch.equal(result.graph.get_parameter("2.weight"), model.graph.get_parameter("2.weight"))
+
+
+@pytest.mark.parametrize("bits", [8, 4, 3, 2])
+@pytest.mark.parametrize("clip", [False, True])
+def test_an_all_zero_group_of_a_symmetric_grid_has_its_zero_in_the_middle(bits, clip):
+    """The zero points of a symmetric grid are not stored, so every group must have the same."""
+    w = weight()
+    w[3] = 0
+    w[7, 32:64] = 0
+    assert (grids.fit(w, bits, 32, True, clip).zero == 2 ** (bits - 1)).all()
