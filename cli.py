@@ -35,7 +35,7 @@ Inputs = Annotated[list[str] | None, typer.Option("--input", "-i", help="Input o
 RuntimeName = Annotated[str | None, typer.Option("--runtime", help="Runtime to use instead of the target's own.")]
 Threads = Annotated[int, typer.Option("--threads", min=1, help="CPU threads.")]
 ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="file.py:factory, package.module:factory, .pt2, .onnx or a compressed folder.")]  # fmt: skip
-INTERRUPTED = "interrupted; nothing was written"
+INTERRUPTED = "interrupted; no output was written"
 
 ArtifactPath = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Folder written by `planish export`.")]
 
@@ -52,6 +52,10 @@ def compress(
     input: Inputs = None,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     force: Force = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Say peak memory, bytes and layers that do not fit; compute and write nothing."),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Run a recipe on a checkpoint: checkpoint -> compressed model."""
@@ -68,7 +72,10 @@ def compress(
         inputs=_inputs(input),
         seed=seed,
         force=force,
+        dry_run=dry_run,
     )
+    if dry_run:
+        return _forecast(report, as_json)
     if as_json:
         return _json(report)
     table = _table("", "original", "compressed", title=f"{model} by {report['recipe']} for {target}")
@@ -396,6 +403,27 @@ def _inputs(texts: list[str] | None) -> dict[str, Input] | None:
     from .compress.load import parse_input
 
     return {i.name: i for i in map(parse_input, texts)}
+
+
+def _forecast(report: dict[str, Any], as_json: bool) -> None:
+    """What a dry run found; ends with exit code 1 when a layer does not fit."""
+    if as_json:
+        _json(report)
+    else:
+        known, before = report["bytes"] is not None, report["original_bytes"]
+        after = f"{report['bytes']:,} ({_ratio(before, report['bytes'])})" if known else "not known before it has run"
+        _print(
+            f"{report['model']} by {report['recipe']} for {report['target']}: {report['layers']} layers are replaced"
+        )
+        _print(f"bytes        {before:,} -> {after}")
+        peak = f"about {report['peak_memory_bytes']:,} bytes" if known else "not known before it has run"
+        _print(f"peak memory  {peak}")
+        if report["unknown"]:
+            _print(f"not foreseen: {', '.join(report['unknown'])}")
+        for line in report["problems"]:
+            _print(f"problem: {line}")
+    if report["problems"]:
+        raise PlanishError(f"dry run: {len(report['problems'])} layers do not fit the recipe")
 
 
 def _json(value: dict[str, Any]) -> None:

@@ -22,6 +22,7 @@ from .common.errors import PlanishError, listed
 from .common.progress import say
 from .compress import compressed as compressed_model
 from .compress import diagnostics, evaluation, program_file, text
+from .compress import forecast as forecasts
 from .compress import journal as journals
 from .compress import load as loading
 from .compress import recipe as recipes
@@ -76,8 +77,12 @@ def compress(
     inputs: Mapping[str, Input] | None = None,
     seed: int = 0,
     force: bool = False,
+    dry_run: bool = False,
 ) -> dict[str, Any]:
     """Run a recipe on a checkpoint and write the compressed model to the folder `output`.
+
+    With `dry_run` nothing is computed or written: the keys are those of `forecast.Forecast` with the model, target and recipe.
+    An interrupted run leaves `<output>.partial`, from which the same call goes on.
 
     Returns the keys of `planish compress --json`. Raises PlanishError, having written nothing, for input that does not fit.
     """
@@ -98,6 +103,9 @@ def compress(
         raise PlanishError(f"recipe '{plan.name}' needs data for {listed(needy)}; give --data")
     prepared = _prepare(model, weights, inputs, data, test_data, any(step.trains for _, step in plan.passes))
     original = prepared.model
+    if dry_run:
+        found = forecasts.forecast(original, plan.passes, prepared.data, measure.peak_memory())
+        return {"model": model, "target": target, "recipe": plan.name, **dataclasses.asdict(found)}
     program_file.check(original.program(), model)  # a model that cannot be stored is refused now, not after the work
     test = prepared.test if prepared.test is not None and prepared.test.labels is not None else None
     accuracy: dict[str, Any] | None = None

@@ -139,28 +139,31 @@ class Run:
     def see(self, block: Block, show: Callable[[Node, torch.Tensor], None]) -> None:
         """Run a block on all batches and call `show(node, value)` for every tensor that is read or made; the place stays."""
         for state in self.states:
-            self._execute(block.nodes, dict(state), show)
+            self._execute(block.nodes, dict(state), show, set())
 
     def advance(self, block: Block) -> None:
         """Run a block on all batches, as it is now, and go behind it."""
         ahead = self._needed_behind(block)
         for index, state in enumerate(self.states):
-            values = self._execute(block.nodes, dict(state), None)
+            values = self._execute(block.nodes, dict(state), None, ahead)
             self.states[index] = {n: v for n, v in values.items() if n in ahead}
 
     def _needed_behind(self, block: Block) -> set[Node]:
-        """Values that a node behind the block reads."""
+        """Values that a node behind the block reads. Of the model's outputs only the first counts: nobody asks for a cache here."""
         inside, behind, needed = set(block.nodes), False, set[Node]()
         for node in self.module.graph.nodes:
             if node in inside:
                 behind = True
             elif behind:
-                needed.update(node.all_input_nodes)
+                needed.update(node.all_input_nodes[:1] if node.op == "output" else node.all_input_nodes)
         return needed
 
     def _execute(
-        self, nodes: Sequence[Node], values: Values, show: Callable[[Node, torch.Tensor], None] | None
+        self, nodes: Sequence[Node], values: Values, show: Callable[[Node, torch.Tensor], None] | None, kept: set[Node]
     ) -> Values:
+        """Run nodes on `values`, which is changed: what no later one of them reads goes, unless it is `kept`."""
+        last = {item: node for node in nodes for item in (node, *node.all_input_nodes)}
+
         def read(node: Node) -> Any:
             if node.op == "get_attr":
                 return layers.tensor(self.module, str(node.target))
@@ -177,6 +180,9 @@ class Run:
                         if item not in shown and item.op != "get_attr" and isinstance(values[item], torch.Tensor):
                             shown.add(item)
                             show(item, values[item])
+                for item in {node, *node.all_input_nodes} - kept:
+                    if last[item] is node:
+                        values.pop(item, None)
         return values
 
 
@@ -199,9 +205,10 @@ def calibrate(
     """
     module = model.graph
     run = Run(module, batches)
-    left = [bool(chosen(b, wanted)) and not journal.knows(b.name) for b in split(module)]  # to be made yet
+    blocks = split(module)
+    left = [bool(chosen(b, wanted)) and not journal.knows(b.name) for b in blocks]  # to be made yet
     for index in track(range(len(left)), what):
-        block = split(module)[index]
+        block = split(module)[index] if run.states else blocks[index]
         members = groups(module, block.nodes, wanted)
         moments: dict[Node, Moments] = {}
         if run.states and left[index]:

@@ -130,10 +130,15 @@ def is_parameter(node: object) -> bool:
 
 def value(graph: GraphModule, node: object) -> torch.Tensor:
     """The float32 value of a node for which `is_parameter` holds: 16-bit parameters are converted."""
+    return stored(graph, node).float()
+
+
+def stored(graph: GraphModule, node: object) -> torch.Tensor:
+    """The tensor of a node for which `is_parameter` holds, as it is stored."""
     assert isinstance(node, Node)
     source = node if is_constant(node) else node.args[0]
     assert isinstance(source, Node)
-    return read(graph, source).float()
+    return read(graph, source)
 
 
 def store(graph: GraphModule, node: Node, index: int, name: str, new: torch.Tensor) -> None:

@@ -34,6 +34,32 @@ class Context:
     """keeps what a pass made of each block, for memory and for resuming"""
 
 
+@dataclass(frozen=True)
+class Part:
+    """What a pass will do to one block, in bytes."""
+
+    layers: tuple[str, ...]
+    """that are replaced"""
+    stored: int
+    """what the replaced layers take"""
+    weights: int
+    """what their weights take in float32, and as stored where that is something else"""
+    work: int
+    """temporaries, about"""
+
+
+@dataclass(frozen=True)
+class Foreseen:
+    """What a pass will do, known from shapes alone."""
+
+    blocks: Mapping[str, Part]
+    """by block name"""
+    samples: int
+    """calibration samples that are run, at most; 0 for a pass that reads no data"""
+    problems: tuple[str, ...] = ()
+    """one line for each layer that it would refuse"""
+
+
 class Pass(pydantic.BaseModel, abc.ABC):
     """A compression method. Its name in a recipe is its file's path below compress/, e.g. `quantize.static`."""
 
@@ -47,6 +73,13 @@ class Pass(pydantic.BaseModel, abc.ABC):
     def untrained(self) -> bool:
         """Whether the model that `apply` returns computes something else than the one given until it is trained."""
         return False
+
+    def foresee(self, model: Model, taken: frozenset[str]) -> Foreseen | None:
+        """What `apply` will do to a model whose layers in `taken` earlier passes have replaced; None for a pass that cannot tell.
+
+        Raises PlanishError for what concerns no single layer, as `apply` does. No weight is read.
+        """
+        return None
 
     formats: ClassVar[tuple[str, ...]] = ("c", "onnx", "pt2", "tvm")
     """export formats that can run what the pass leaves behind"""

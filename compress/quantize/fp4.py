@@ -9,8 +9,8 @@ import torch
 
 from ..blocks import Linear
 from ..moments import Moments
-from .codebook import coded
-from .linears import Linears, Replacement
+from .codebook import coded, stored
+from .linears import Linears, Replacement, Sizes
 
 
 class Fp4(Linears):
@@ -20,6 +20,10 @@ class Fp4(Linears):
     """weights that share a scale, counted over the flattened weight"""
     nested: bool = False
     """store the scales in 8 bits (double quantization)"""
+
+    def stored(self, members: Sequence[Sizes]) -> int:
+        """Two weights a byte, and the scales."""
+        return sum(stored(item, "fp4", self.block, self.nested) for item in members)
 
     def replacements(
         self, members: Sequence[Linear], moments: Moments | None, generator: torch.Generator

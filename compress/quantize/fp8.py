@@ -10,7 +10,7 @@ import torch
 from ...kernels import linear_fp8
 from ..blocks import Linear
 from ..moments import Moments
-from .linears import Linears, Replacement
+from .linears import Linears, Replacement, Sizes
 
 
 class Fp8(Linears):
@@ -20,6 +20,10 @@ class Fp8(Linears):
     """of weights"""
     activations: Literal["e4m3", "e5m2"] | None = None
     """of activations, with a scale for each token taken while the model runs; null leaves them in float"""
+
+    def stored(self, members: Sequence[Sizes]) -> int:
+        """A byte for each weight, a float32 scale for each row."""
+        return sum(item.outputs * (item.inputs + 4) for item in members)
 
     def replacements(
         self, members: Sequence[Linear], moments: Moments | None, generator: torch.Generator

@@ -35,6 +35,7 @@ class Gptq(IntegerLinears):
     needs_data: ClassVar[bool] = True
     calibrates: ClassVar[bool] = True
     products: ClassVar[bool] = True
+    copies: ClassVar[int] = 5
 
     act_order: bool = True
     """columns of large activations first; needs static_groups, because a group's columns are then rounded at different times"""

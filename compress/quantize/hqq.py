@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import ClassVar
 
 import pydantic
 import torch
@@ -31,6 +32,8 @@ from .linears import Replacement
 
 class Hqq(IntegerLinears):
     """Weight-only rounding with fitted scales and zero points; needs no data."""
+
+    zero_bytes: ClassVar[int] = 4
 
     symmetric: bool = False
     """without zero points; only the scale is fitted then"""

@@ -19,7 +19,6 @@ from . import grids
 from .grids import Grid
 from .linears import Linears, Replacement, Sizes
 
-
 SCALE = 4
 """bytes of a scale"""
 

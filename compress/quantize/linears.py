@@ -19,11 +19,11 @@ from torch.fx import GraphModule, Node
 
 from ...common.errors import PlanishError, listed
 from .. import layers
-from ..blocks import Block, Linear, calibrate, linear
+from ..blocks import Block, Linear, calibrate, linear, split
 from ..journal import Record
 from ..model import Entry, Model
-from ..moments import Moments
-from ..passes import Context, Pass, matches
+from ..moments import SAMPLE, Moments
+from ..passes import Context, Foreseen, Part, Pass, matches
 
 BIAS = "bias"
 """name of a replacement's own bias in the journal; no op has a tensor of that name besides"""
@@ -57,6 +57,16 @@ class Replacement:
             return dataclasses.replace(self, restored=None)
         lost = float((self.restored - item.weight).norm()) ** 2
         return dataclasses.replace(self, restored=None, lost=lost)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """A linear layer whose weights nobody has read."""
+
+    name: str
+    outputs: int
+    inputs: int
+    biased: bool
 
 
 def left(reason: str) -> Replacement:
@@ -97,6 +107,8 @@ class Chosen(Pass):
 class Linears(Chosen):
     """A method that replaces linear layers."""
 
+    copies: ClassVar[int] = 2
+    """float32 matrices of a group's size that the method works on at a time, about"""
     calibrates: ClassVar[bool] = False
     """whether `replacements` uses the moments of the layer's input"""
     products: ClassVar[bool] = False
@@ -109,6 +121,18 @@ class Linears(Chosen):
         self, members: Sequence[Linear], moments: Moments | None, generator: torch.Generator
     ) -> list[Replacement]:
         """What becomes of the linears that read one tensor. `moments` are None for a method that does not calibrate."""
+
+    @abc.abstractmethod
+    def stored(self, members: Sequence[Sizes]) -> int:
+        """Bytes that the linears that read one tensor take when replaced, biases that they have not among them.
+
+        What depends on data (outlier columns) is counted as none. Raises PlanishError for a shape that `replacements` refuses.
+        """
+
+    def foresee(self, model: Model, taken: frozenset[str]) -> Foreseen:
+        """Sizes of what is stored, and the layers whose shapes `replacements` refuses."""
+        samples = self.samples if self.reads_data() else 0
+        return foreseen(self, model, taken, samples, self.stored, self.copies, self.products)
 
     def reads_data(self) -> bool:
         """Whether this configuration of the method calibrates."""
@@ -180,6 +204,59 @@ def _recalled(record: Record) -> list[Replacement]:
         bias = tensors.pop(BIAS, None)
         made.append(Replacement(**item | {"tensors": tensors, "bias": bias}))
     return made
+
+
+def foreseen(
+    step: Chosen,
+    model: Model,
+    taken: frozenset[str],
+    samples: int,
+    stored: Callable[[Sequence[Sizes]], int] | None = None,
+    copies: int = 2,
+    products: bool = False,
+) -> Foreseen:
+    """What a pass on linear layers will do. `stored` as in `Linears`; None for a pass that replaces no layer."""
+    wanted = step.wanted(model)
+    blocks: dict[str, Part] = {}
+    problems: list[str] = []
+    for block in split(model.graph):
+        parts: list[Part] = []
+        for members in _sizes(model, block, lambda name: wanted(name) and name not in taken):
+            try:
+                parts.append(_part(members, stored, copies, products))
+            except PlanishError as error:
+                problems.append(str(error))
+        if parts:
+            names = tuple(n for p in parts for n in p.layers)
+            work = max(p.work for p in parts)
+            blocks[block.name] = Part(names, sum(p.stored for p in parts), sum(p.weights for p in parts), work)
+    return Foreseen(blocks, samples, tuple(problems))
+
+
+def _sizes(model: Model, block: Block, wanted: Callable[[str], bool]) -> list[list[Sizes]]:
+    """The block's wanted linears, those that read the same tensor together."""
+    found: dict[object, list[Sizes]] = {}
+    for node in block.nodes:
+        if (
+            node.target is torch.ops.aten.linear.default
+            and layers.is_parameter(node.args[1])
+            and wanted(layers.layer(node))
+        ):
+            weight = layers.stored(model.graph, node.args[1])
+            biased = layers.argument(node, "bias") is not None
+            found.setdefault(node.args[0], []).append(Sizes(layers.layer(node), weight.size(0), weight.size(1), biased))
+    return list(found.values())
+
+
+def _part(
+    members: Sequence[Sizes], stored: Callable[[Sequence[Sizes]], int] | None, copies: int, products: bool
+) -> Part:
+    """One group of linears. Raises PlanishError as `stored` does."""
+    inputs, values = members[0].inputs, sum(m.outputs * m.inputs for m in members)
+    after = 0 if stored is None else stored(members)
+    names = () if stored is None else tuple(m.name for m in members)
+    work = 4 * values * copies + 4 * inputs * (SAMPLE + (9 * inputs if products else 0))
+    return Part(names, after, 4 * values, work)
 
 
 def tied_heads(model: Model) -> set[str]:

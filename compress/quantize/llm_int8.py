@@ -25,7 +25,7 @@ from ..blocks import Linear
 from ..model import Model, output_names
 from ..moments import Moments
 from ..passes import Context
-from .linears import Linears, Replacement
+from .linears import Linears, Replacement, Sizes
 
 COUNTER = "values_beyond_threshold"
 """name of the output (batch,) int64"""
@@ -46,6 +46,10 @@ class LlmInt8(Linears):
     """keep the outlier columns of the weight in float16, as the paper does; false restores them from int8, as bitsandbytes does"""
     frozen: bool = True
     """take the outlier columns of calibration; false finds them at every call"""
+
+    def stored(self, members: Sequence[Sizes]) -> int:
+        """A byte for each weight and a float32 scale for each row; outlier columns are not known yet."""
+        return sum(item.outputs * (item.inputs + 4) for item in members)
 
     def replacements(
         self, members: Sequence[Linear], moments: Moments | None, generator: torch.Generator

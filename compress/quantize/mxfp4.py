@@ -8,8 +8,8 @@ import torch
 
 from ..blocks import Linear
 from ..moments import Moments
-from .codebook import coded
-from .linears import Linears, Replacement
+from .codebook import coded, stored
+from .linears import Linears, Replacement, Sizes
 
 BLOCK = 32
 """input columns that share a scale; the format fixes it"""
@@ -17,6 +17,10 @@ BLOCK = 32
 
 class Mxfp4(Linears):
     """Weights in MXFP4; activations stay in float."""
+
+    def stored(self, members: Sequence[Sizes]) -> int:
+        """Two weights a byte, and the scales."""
+        return sum(stored(item, "mxfp4", BLOCK) for item in members)
 
     def replacements(
         self, members: Sequence[Linear], moments: Moments | None, generator: torch.Generator

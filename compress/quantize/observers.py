@@ -37,6 +37,7 @@ class _Watch(Interpreter):
 
     def __init__(self, module: GraphModule, nodes: set[Node], see: Callable[[Node, torch.Tensor], None]) -> None:
         super().__init__(module)
+        self.extra_traceback = False  # an error of ours stays one line
         self.nodes, self.see = nodes, see
 
     def run_node(self, n: Node) -> object:

@@ -20,14 +20,18 @@ from ..foldings import Folding
 from ..journal import Record
 from ..model import Entry, Model
 from ..moments import Moments
-from ..passes import Context
-from .linears import Chosen, check_weight
+from ..passes import Context, Foreseen
+from .linears import Chosen, check_weight, foreseen
 
 
 class Scaling(Chosen):
     """A method that scales the input channels of linear layers."""
 
     needs_data: ClassVar[bool] = True
+
+    def foresee(self, model: Model, taken: frozenset[str]) -> Foreseen:
+        """No layer is replaced; 16-bit weights that no later pass quantizes become float32."""
+        return foreseen(self, model, taken, self.samples)
 
     @abc.abstractmethod
     def factors(self, members: Sequence[Linear], moments: Moments, folding: Folding) -> tuple[torch.Tensor, str]:

@@ -8,7 +8,7 @@ the expectation taken over the calibration data).
 Where pairs go. An op of COMPUTE or TABLE has its inputs quantized and its output quantized, after a ReLU or clip that
 follows it alone, which then costs nothing: the output's range is the clip. Ops of TRANSPORT only move or select values, so
 their output keeps the codes, the scale and the zero point of their input, and they run on integers unchanged. A tensor
-that an unknown op makes stays float and is named in the receipt.
+that an unknown op makes stays float and is named in the receipt, and so does what reads a cache: calibration starts with an empty one.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ class Static(Pass):
 
         model = fold_batch_norm(canonicalize(model))
         module = model.graph
-        plan = _Plan(module, self.skip)
+        plan = _Plan(module, self.skip, {i.name for i in model.inputs if i.state})
         _own_biases(module, [n for n in plan.compute if n.target in WEIGHTED])
         entries: list[Entry] = [*plan.left]
         quantized = self._weights(module, plan, entries)
@@ -205,7 +205,7 @@ def _own_biases(module: GraphModule, nodes: list[Node]) -> None:
 class _Plan:
     """Which nodes run in integers and which tensors carry a quantize/dequantize pair."""
 
-    def __init__(self, module: GraphModule, skip: tuple[str, ...]) -> None:
+    def __init__(self, module: GraphModule, skip: tuple[str, ...], states: set[str]) -> None:
         self.compute: list[Node] = []
         """nodes that run in integers"""
         self.own: list[Node] = []
@@ -223,6 +223,8 @@ class _Plan:
                 self._leave(module, node, f"{node.target} has no integer form here")
             elif matches(layers.layer(node), skip):
                 self._leave(module, node, "skipped by the recipe")
+            elif any(n.op == "placeholder" and n.name in states for n in node.all_input_nodes):
+                self._leave(module, node, "reads a cache")
             else:
                 self.compute.append(node)
                 wanted.add(self._after_clip(node))
