@@ -26,7 +26,7 @@ from ..model import Entry, Model
 from ..passes import Context, Pass, matches
 from .linears import HEAD, check_patterns
 from .mamba_rotations import Batches, MambaRotations, observe
-from .observers import BINS, Observer, Statistics, choose, collect
+from .observers import BINS, Observer, Statistics, choose, collect, place
 from .static import ACTIVATION_DTYPE, LEVELS, _affine, _stored, _weight_scale
 
 WEIGHTED = ("aten.linear", "aten.conv1d")
@@ -116,7 +116,7 @@ class MambaQuant(Pass):
         scale, zero = _affine(*choose(stats, self.observer, self.percentile, LEVELS))
         graph = module.graph
         with graph.inserting_after(source):
-            name = f"activations.{source.name}"
+            name = place(source)
             scale_node = layers.add_buffer(module, f"{name}.scale", scale)
         with graph.inserting_after(scale_node):
             zero_node = layers.add_buffer(module, f"{name}.zero_point", zero)

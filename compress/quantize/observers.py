@@ -47,6 +47,12 @@ class _Watch(Interpreter):
         return value
 
 
+def place(node: Node) -> str:
+    """Dotted name of the module that holds a quantized activation's scale and zero point; never one of a module's own attributes."""
+    taken = hasattr(torch.nn.Module, node.name)  # a conversion's node is called `to`
+    return f"activations.{node.name}{'_' if taken else ''}"
+
+
 def watch(module: GraphModule, nodes: Iterable[Node], batches: Iterable[tuple[torch.Tensor, ...]], see: Callable[[Node, torch.Tensor], None]) -> None:  # fmt: skip
     """Call `see(node, value)` for every chosen node and batch."""
     interpreter = _Watch(module, set(nodes), see)

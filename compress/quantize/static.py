@@ -30,7 +30,7 @@ from ..fold import canonicalize, fold_batch_norm
 from ..layers import is_constant
 from ..model import Entry, Model
 from ..passes import Context, Pass, matches
-from .observers import Batches, Observer, Statistics, choose, collect, watch
+from .observers import Batches, Observer, Statistics, choose, collect, place, watch
 
 aten = torch.ops.aten
 
@@ -137,6 +137,8 @@ class Static(Pass):
             source = node.args[1]
             assert isinstance(source, Node)
             value = layers.read(module, source).float()  # (out, ...)
+            if not torch.isfinite(value).all():
+                raise PlanishError(f"layer '{layers.layer(node)}': its weight has NaN or Inf values")
             scale = _weight_scale(value, self.weight_observer)  # (out,)
             zero = torch.zeros(len(scale), dtype=torch.int8)
             codes = affine.quantize(value, scale, zero, 0, -127, 127, torch.int8)
@@ -409,7 +411,7 @@ def _insert_pairs(module: GraphModule, plan: _Plan, parameters: dict[Node, Param
         while anchor.op == "placeholder":
             anchor = anchor.next
         with graph.inserting_before(anchor):
-            name = f"activations.{p.owner.name}"
+            name = place(p.owner)
             scale = layers.add_buffer(module, f"{name}.scale", p.scale)
             zero = layers.add_buffer(module, f"{name}.zero_point", p.zero_point)
             codes = graph.call_function(
