@@ -167,11 +167,15 @@ def outlier_pairs(q: torch.Tensor, format: Codec) -> torch.Tensor:
 
 
 def search(
-    x: torch.Tensor, format: Codec, by_row: bool, importance: torch.Tensor | None = None
+    x: torch.Tensor,
+    format: Codec,
+    by_row: bool,
+    importance: torch.Tensor | None = None,
+    counts: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The step with the least squared error of the round trip, and that error: (rows,) each, or () for one step in all.
 
-    `importance` (even,) weighs the columns' squared errors; None for all alike.
+    `importance` (even,) weighs the columns' squared errors, `counts` (rows,) those of the rows; None for all alike.
 
     x (rows, even). Tried are the steps that put the largest normal value at PERCENT of a = max(|mean + 3 sigma|, |mean - 3 sigma|), taken over the
     row or the whole tensor, or at PEAK of its largest magnitude. All-zero rows get the step 1.
@@ -191,7 +195,8 @@ def search(
         for index in range(steps.shape[1]):
             step = steps[rows, index, None]  # (rows, 1)
             off = _error(part / step, format).mul_(step).square_()
-            off = (off if importance is None else off.mul_(importance)).sum(1, dtype=torch.float64)
+            off = (off if importance is None else off.mul_(importance)).sum(1, dtype=torch.float64)  # (rows,)
+            off = off if counts is None else off.mul_(counts[start : start + count])
             errors[rows, index] += off if by_row else off.sum(0, keepdim=True)
     best = errors.argmin(1, keepdim=True)
     found, error = steps.gather(1, best)[:, 0], errors.gather(1, best)[:, 0]

@@ -55,7 +55,7 @@ class Ovp(Linears):
         """Codes, a float32 step for each row, and one for the input."""
         _check_even(members[0].name, members[0].inputs)
         row = members[0].inputs * self.bits // 8 + 4
-        return sum(item.outputs * row + (0 if self.activations is None else 4) for item in members)
+        return sum(item.outputs * row for item in members) + (0 if self.activations is None else 4)
 
     def replacements(
         self, members: Sequence[Linear], moments: Moments | None, generator: torch.Generator
@@ -74,10 +74,12 @@ class Ovp(Linears):
     def _activations(self, moments: Moments, bits: int, importance: torch.Tensor | None) -> tuple[Codec, torch.Tensor]:
         """Format and step () of what the layers read."""
         rows = moments.kept[:: -(-len(moments.kept) // SEARCH_ROWS)]  # (rows, in)
-        if float(moments.peak.max()) > float(rows.abs().max()):  # the search must see the largest values of the data
-            extreme = torch.where(moments.high > -moments.low, moments.high, moments.low)
-            rows = torch.cat([rows, extreme[None]])
-        return self._best(rows, bits, False, importance)
+        # what is larger than all of these is seen too, once: one more row among all of the data's
+        extreme = torch.where(moments.high > -moments.low, moments.high, moments.low)  # (in,)
+        extreme = torch.where(extreme.abs() > rows.abs().max(), extreme, 0.0)
+        counts = torch.full((len(rows) + 1,), moments.rows / len(rows))
+        counts[-1] = 1
+        return self._best(torch.cat([rows, extreme[None]]), bits, False, importance, counts)
 
     def _weights(
         self, item: Linear, x_form: Codec | None, x_scale: torch.Tensor | None, importance: torch.Tensor | None
@@ -97,12 +99,17 @@ class Ovp(Linears):
         return Replacement("linear_ovp", tensors, attributes | {"unpacked": self.unpacked}, what, restored)
 
     def _best(
-        self, x: torch.Tensor, bits: int, by_row: bool, importance: torch.Tensor | None
+        self,
+        x: torch.Tensor,
+        bits: int,
+        by_row: bool,
+        importance: torch.Tensor | None,
+        counts: torch.Tensor | None = None,
     ) -> tuple[Codec, torch.Tensor]:
         """(format, steps) of the grid that errs least on x (rows, in) among those that the field allows."""
         kinds = ("int",) if bits == 8 else ("int", "flint") if self.grid == "auto" else (self.grid,)
         forms = [codec(bits, kind) for kind in kinds]
-        found = [search(x, form, by_row, importance) for form in forms]
+        found = [search(x, form, by_row, importance, counts) for form in forms]
         best = min(range(len(forms)), key=lambda i: float(found[i][1].sum()))
         return forms[best], found[best][0]
 
