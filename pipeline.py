@@ -44,7 +44,7 @@ from .targets.target import Target
 
 GOLDEN = 8
 """samples kept with a model, with its answers"""
-SCORED = 32768
+SCORED = 16384
 """tokens of the test data that the report of `compress` takes for perplexity, at most"""
 GOLDEN_LENGTH = 64
 """tokens of such a sample, where the model takes any number"""
@@ -114,7 +114,8 @@ def compress(
     ):  # first, so that outputs that are no scores are refused before the work
         accuracy = {"original": top1(predict(original, test.inputs), test.labels), "n": test.n}
     samples = prepared.test or prepared.data
-    quality = None if samples is None or accuracy else _quality(original, samples)
+    if samples is not None and not accuracy and evaluation.is_causal(original):
+        evaluation.perplexity(evaluation.language(original), _windows(samples)[:1])  # refused now, as above
     generator = torch.Generator().manual_seed(seed)
 
     def given() -> dict[str, Any]:
@@ -131,8 +132,7 @@ def compress(
             result = dataclasses.replace(result, mapped=tuple(journal.maps))
         if accuracy is not None and test is not None and test.labels is not None:
             accuracy["compressed"] = top1(predict(result, test.inputs), test.labels)
-        if quality is not None and samples is not None:
-            quality = _compared(quality, original, result, samples)
+        quality = None if samples is None or accuracy else _quality(original, result, samples)
         built = compressed_model.build(
             result,
             original,
@@ -463,23 +463,15 @@ def _prepare(
     return Prepared(model, samples, test if test is not None and test.n else None)
 
 
-def _quality(original: Model, samples: Data) -> dict[str, Any]:
-    """What the report says of the original beside accuracy: perplexity of a causal model; the cosine of another is 1."""
+def _quality(original: Model, result: Model, samples: Data) -> dict[str, Any]:
+    """What the report says beside accuracy: perplexity of a causal model and how close its next tokens are; the cosine of another."""
     if not evaluation.is_causal(original):
-        return {"metric": "cosine", "original": 1.0, "n": samples.n}
-    found = evaluation.perplexity(evaluation.language(original), _windows(samples))
-    return {"metric": "perplexity", "original": found.value, "n": found.n}
-
-
-def _compared(quality: dict[str, Any], original: Model, result: Model, samples: Data) -> dict[str, Any]:
-    """The same with the compressed model's figure; for a causal model also how close its next tokens are."""
-    if quality["metric"] == "cosine":
         value = cosine(predict(result, samples.inputs), predict(original, samples.inputs))
-        return {**quality, "compressed": value}
-    windows = _windows(samples)
-    found = evaluation.perplexity(evaluation.language(result), windows)
-    close = evaluation.closeness(evaluation.language(original), evaluation.language(result), windows)
-    return {**quality, "compressed": found.value, "kl": close.kl, "agreement": close.agreement}
+        return {"metric": "cosine", "original": 1.0, "compressed": value, "n": samples.n}
+    both = evaluation.language(original), evaluation.language(result)
+    before, after, close = evaluation.compare(*both, _windows(samples))
+    figures = {"original": before.value, "compressed": after.value, "kl": close.kl, "agreement": close.agreement}
+    return {"metric": "perplexity", **figures, "n": before.n}
 
 
 def _windows(samples: Data) -> np.ndarray:

@@ -118,32 +118,62 @@ def perplexity(model: Language, windows: np.ndarray) -> Perplexity:
     """
     total, count = 0.0, 0
     for batch, scores in _scored(windows, model):
-        flat, following = scores[0][:, :-1].reshape(-1, scores[0].shape[-1]), batch[:, 1:].reshape(-1)
-        for rows in _rows(flat):
-            logs = _log_softmax(flat[rows], model.source)
-            picked = logs.gather(1, torch.from_numpy(following[rows])[:, None])
-            total -= float(picked.sum())
-        count += len(following)
-    nats = total / count
-    return Perplexity(math.exp(min(nats, 700.0)), count, nats)
+        total += _nats(batch, scores[0], model.source)
+        count += batch[:, 1:].size
+    return _of_nats(total, count)
+
+
+def compare(original: Language, compressed: Language, windows: np.ndarray) -> tuple[Perplexity, Perplexity, Closeness]:
+    """Perplexity of both models and their closeness, as `perplexity` and `closeness` give them, from one run of each."""
+    totals, count = [0.0, 0.0], 0
+    near: list[Closeness] = []
+    for batch, scores in _scored(windows, original, compressed):
+        for index, model in enumerate((original, compressed)):
+            totals[index] += _nats(batch, scores[index], model.source)
+        count += batch[:, 1:].size
+        near.append(_close(*scores, original.source, compressed.source))
+    before, after = (_of_nats(t, count) for t in totals)
+    return before, after, _mean(near)
 
 
 def closeness(original: Language, compressed: Language, windows: np.ndarray) -> Closeness:
     """KL divergence and agreement of two models with one vocabulary over windows (n, length), a window's last token included."""
-    divergence, same, count = 0.0, 0, 0
-    for _, (before, after) in _scored(windows, original, compressed):
-        if before.shape != after.shape:
-            raise PlanishError(
-                f"'{compressed.source}' gives scores of shape {after.shape}, '{original.source}' of {before.shape}: "
-                "they have no common vocabulary"
-            )
-        p, q = before.reshape(-1, before.shape[-1]), after.reshape(-1, after.shape[-1])
-        for rows in _rows(p):
-            kl, agreed = _divergence(_log_softmax(p[rows], original.source), _log_softmax(q[rows], compressed.source))
-            divergence += kl
-            same += agreed
-        count += len(p)
-    return Closeness(divergence / count, same / count, count)
+    found = _scored(windows, original, compressed)
+    return _mean([_close(*scores, original.source, compressed.source) for _, scores in found])
+
+
+def _nats(batch: np.ndarray, scores: np.ndarray, source: str) -> float:
+    """Sum of the negative log likelihoods of a batch's tokens (n, length), each window's first left out, under scores (n, length, classes)."""
+    flat, following = scores[:, :-1].reshape(-1, scores.shape[-1]), batch[:, 1:].reshape(-1)
+    total = 0.0
+    for rows in _rows(flat):
+        total -= float(_log_softmax(flat[rows], source).gather(1, torch.from_numpy(following[rows])[:, None]).sum())
+    return total
+
+
+def _of_nats(total: float, count: int) -> Perplexity:
+    return Perplexity(math.exp(min(total / count, 700.0)), count, total / count)
+
+
+def _close(before: np.ndarray, after: np.ndarray, original: str, compressed: str) -> Closeness:
+    """Of one batch's scores (n, length, classes)."""
+    if before.shape != after.shape:
+        raise PlanishError(
+            f"'{compressed}' gives scores of shape {after.shape}, '{original}' of {before.shape}: "
+            "they have no common vocabulary"
+        )
+    p, q = before.reshape(-1, before.shape[-1]), after.reshape(-1, after.shape[-1])
+    divergence, same = 0.0, 0
+    for rows in _rows(p):
+        kl, agreed = _divergence(_log_softmax(p[rows], original), _log_softmax(q[rows], compressed))
+        divergence += kl
+        same += agreed
+    return Closeness(divergence / len(p), same / len(p), len(p))
+
+
+def _mean(parts: Sequence[Closeness]) -> Closeness:
+    n = sum(p.n for p in parts)
+    return Closeness(sum(p.kl * p.n for p in parts) / n, sum(p.agreement * p.n for p in parts) / n, n)
 
 
 def of_scores(before: np.ndarray, after: np.ndarray) -> Closeness:

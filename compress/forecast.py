@@ -1,9 +1,9 @@
 """What a recipe will take and give, from shapes alone, before any work: bytes, peak memory, and layers that do not fit.
 
 Bytes are exact for methods that say what they store (`Pass.foresee`), except for what only data decides (outlier columns), which counts as
-none. Peak memory is an estimate: what the process holds now, and for the largest block
+none. Peak memory is an estimate: what the process holds now, what torch.export takes, and for the largest block
 
-    its weights in float32, the replaced ones, the method's temporaries, every tensor between its ops for one batch,
+    its weights in float32, the replaced ones, the method's temporaries, the tensors between its ops that one batch needs at a time,
     and what later blocks read for all calibration samples
 
 or, where that is more, what the evaluation of the whole model holds: mapped weights up to their limit, and the scores of a batch.
@@ -26,6 +26,8 @@ from .passes import Foreseen, Pass
 
 VIEWS = {"aten.view", "aten.transpose", "aten.permute", "aten.expand", "aten.unsqueeze", "aten.squeeze", "aten.slice", "aten.select", "aten.t", "aten.alias", "aten.detach", "aten.dropout", "aten.unflatten", "aten.flatten"}  # fmt: skip
 """ops whose result takes no memory"""
+EXPORT = 100 << 20
+"""bytes that torch.export takes for itself when the model is checked and written"""
 FLOAT = 4
 """bytes of a number while a model computes"""
 
@@ -72,7 +74,7 @@ def forecast(model: Model, passes: Sequence[tuple[str, Pass]], data: Data | None
     return Forecast(
         model.bytes(),
         size if known else None,
-        held + peak if known else None,
+        held + EXPORT + peak if known else None,
         replaced,
         tuple(problems),
         tuple(unknown),
@@ -114,10 +116,34 @@ def _largest(model: Model, found: Foreseen, data: Data | None) -> int:
     for name, block in found.blocks.items():
         inside = places[name]
         first = order[inside[0]]
-        made = sum(batch.get(n, 0) for n in inside if layers.op(n) not in VIEWS)
-        waiting = [n for n in nodes[:first] if n.op != "get_attr" and any(order[u] >= first for u in n.users)]
+        made = _alive(inside, batch)
+        waiting = [
+            n
+            for n in nodes[:first]
+            if n.op != "get_attr" and any(order[u] >= first and u.op != "output" for u in n.users)
+        ]
         kept = sum(one.get(n, 0) for n in waiting) * count
         most = max(most, block.weights + block.stored + block.work + made + kept)
+    return most
+
+
+def _alive(nodes: Sequence[Node], sizes: Mapping[Node, int]) -> int:
+    """Most bytes of the tensors that a run of nodes holds at a time, when each goes behind its last reader."""
+    owner: dict[Node, Node] = {}
+    last: dict[Node, int] = {}
+    for index, node in enumerate(nodes):
+        source = node.args[0] if node.args and layers.op(node) in VIEWS else None
+        owner[node] = owner.get(source, source) if isinstance(source, Node) else node
+        for item in (node, *node.all_input_nodes):
+            last[owner.get(item, item)] = index
+    going: dict[int, int] = {}
+    held = most = 0
+    for index, node in enumerate(nodes):
+        if owner[node] is node:
+            held += sizes.get(node, 0)
+            going[last[node]] = going.get(last[node], 0) + sizes.get(node, 0)
+        most = max(most, held)
+        held -= going.get(index, 0)
     return most
 
 
