@@ -131,7 +131,7 @@ def compare(original: Language, compressed: Language, windows: np.ndarray) -> tu
         for index, model in enumerate((original, compressed)):
             totals[index] += _nats(batch, scores[index], model.source)
         count += batch[:, 1:].size
-        near.append(_close(*scores, original.source, compressed.source))
+        near.append(_close(scores[0], scores[1], original.source, compressed.source))
     before, after = (_of_nats(t, count) for t in totals)
     return before, after, _mean(near)
 
@@ -139,7 +139,7 @@ def compare(original: Language, compressed: Language, windows: np.ndarray) -> tu
 def closeness(original: Language, compressed: Language, windows: np.ndarray) -> Closeness:
     """KL divergence and agreement of two models with one vocabulary over windows (n, length), a window's last token included."""
     found = _scored(windows, original, compressed)
-    return _mean([_close(*scores, original.source, compressed.source) for _, scores in found])
+    return _mean([_close(before, after, original.source, compressed.source) for _, (before, after) in found])
 
 
 def _nats(batch: np.ndarray, scores: np.ndarray, source: str) -> float:
