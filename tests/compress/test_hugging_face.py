@@ -176,7 +176,7 @@ def test_loading_copies_no_weights(llama: tuple[Path, Any], traced: Model) -> No
     mapped.release()
     after = predict(model, {"input_ids": tokens(2, 5).numpy()})
     assert all(np.array_equal(before[n], after[n]) for n in before)
-    assert mapped.path == llama[0] / "model.safetensors"
+    assert mapped.size == (llama[0] / "model.safetensors").stat().st_size
 
 
 def test_shards_give_the_same_model(tmp_path: Path, llama: tuple[Path, Any], traced: Model) -> None:

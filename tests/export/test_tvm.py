@@ -45,8 +45,12 @@ def host_outputs(proto, feeds, records=None, plain=False):
     from tvm import relax
 
     compiled = compile_model(tvm_import.fix_batch(proto), HOST, records or {}, plain)
-    machine = relax.VirtualMachine(compiled.executable, tvm.cpu())
-    value = bound_main(machine)(*(tvm.runtime.tensor(v) for v in feeds.values()))
+    return answered(bound_main(relax.VirtualMachine(compiled.executable, tvm.cpu())), feeds)
+
+
+def answered(main, feeds):
+    """The outputs of a loaded model for one sample."""
+    value = main(*(tvm.runtime.tensor(v) for v in feeds.values()))
     return [v.numpy() for v in ([value] if hasattr(value, "numpy") else value)]
 
 
@@ -206,10 +210,23 @@ def test_quantized_means_are_onnx_runtimes(op):
     np.testing.assert_array_equal(host_outputs(proto, feeds)[0], onnx_outputs(proto, feeds)[0])
 
 
-def test_quantized_network_differs_by_no_more_than_the_manifest_says(quantized, images, tmp_path):
-    proto = to_onnx(quantized)
+@pytest.fixture(scope="module")
+def network(quantized, images, tmp_path_factory):
+    """The quantized network as ONNX, its golden samples, and what the format wrote into a folder."""
+    proto, folder = to_onnx(quantized), tmp_path_factory.mktemp("network")
     golden = {"image": images.inputs["image"][:8]}
-    written = Tvm().write(Source(proto, golden, "net"), HOST, tmp_path)
+    return proto, golden, Tvm().write(Source(proto, golden, "net"), HOST, folder), folder
+
+
+@pytest.fixture(scope="module")
+def residual_network(residual, tmp_path_factory):
+    """The same of the float network: (ONNX, what was written)."""
+    proto = to_onnx(residual)
+    return proto, Tvm().write(Source(proto, {}, "net"), HOST, tmp_path_factory.mktemp("residual"))
+
+
+def test_quantized_network_differs_by_no_more_than_the_manifest_says(network):
+    proto, golden, written, folder = network
     said = written.details["quantized"]
     assert any("float speed" in w for w in written.warnings)
     assert {layer["op"] for layer in said["layers"]} >= {"Conv", "Add", "Gemm"}
@@ -219,16 +236,17 @@ def test_quantized_network_differs_by_no_more_than_the_manifest_says(quantized, 
     assert measured["largest_difference"] <= written.max_error <= 0.05 * measured["largest_output"]
     rewritten = tvm_import.whole_numbers(tvm_import.fix_batch(proto)).model
     assert not {"QuantizeLinear", "DequantizeLinear"} & {n.op_type for n in rewritten.graph.node}
+    library = tvm.runtime.load_module(str(folder / "model.so"))
+    main = bound_main(tvm.relax.VirtualMachine(library, tvm.cpu()))
     for i in range(4):
         feeds = {"image": golden["image"][i : i + 1]}
-        (want,), (got,) = onnx_outputs(proto, feeds), host_outputs(proto, feeds)
+        (want,), (got,) = onnx_outputs(proto, feeds), answered(main, feeds)
         assert np.abs(got - want).max() <= written.max_error
 
 
-def test_quantized_weights_are_stored_as_codes(quantized, tmp_path):
-    proto = to_onnx(quantized)
-    written = Tvm().write(Source(proto, {}, "net"), HOST, tmp_path)
-    library = (tmp_path / "model.so").read_bytes()
+def test_quantized_weights_are_stored_as_codes(network):
+    proto, _, written, folder = network
+    library = (folder / "model.so").read_bytes()
     stored = written.details["weights"]
     assert stored["widened_bytes"] == 4 * stored["code_bytes"]
     assert written.ram_bytes > stored["widened_bytes"]
@@ -286,15 +304,12 @@ def test_weights_with_a_zero_point_are_stored_in_two_bytes():
     np.testing.assert_array_equal(host_outputs(proto, feeds)[0], onnx_outputs(proto, feeds)[0])
 
 
-def test_calls_are_named_by_the_layers_whose_weights_they_read(quantized, residual):
-    for source in (quantized, residual):
-        proto = to_onnx(source)
-        compiled = compile_model(tvm_import.fix_batch(proto), HOST, {})
+def test_calls_are_named_by_the_layers_whose_weights_they_read(network, residual_network):
+    for proto, written in (network[::2], residual_network):
         layers = [n.name for n in proto.graph.node if n.op_type in ("Conv", "Gemm", "MatMul")]
-        assert sorted(layer for _, layer in compiled.calls if layer) == sorted(layers)
-        for kernel, layer in compiled.calls:
-            work = compiled.kernels[kernel].workload
-            assert (layer is not None) == (work is not None and work.macs > 0)
+        calls, macs = written.details["calls"], {k["kernel"]: k["macs"] for k in written.details["kernels"]}
+        assert sorted(c["layer"] for c in calls if c["layer"]) == sorted(layers)
+        assert all((c["layer"] is not None) == (macs[c["kernel"]] > 0) for c in calls)
 
 
 @pytest.mark.parametrize("weights", ["int4", "blocked"])
@@ -325,8 +340,8 @@ def _with_int4(stored, scale, attributes):
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
 
 
-def test_every_product_has_a_schedule(residual, tmp_path):
-    written = Tvm().write(Source(to_onnx(residual), {}, "net"), HOST, tmp_path)
+def test_every_product_has_a_schedule(residual_network):
+    _, written = residual_network
     rows = written.details["kernels"]
     assert sum(r["macs"] > 0 for r in rows) >= 5
     assert all(r["schedule"] in ("record", "default") and r["tiling"] for r in rows if r["macs"])
@@ -348,8 +363,8 @@ def test_equal_sources_give_equal_bytes(name, tmp_path):
     assert str(tmp_path).encode() not in files[0]
 
 
-def test_export_says_nothing_on_standard_error(quantized, tmp_path, capfd):
-    Tvm().write(Source(to_onnx(quantized), {}, "net"), HOST, tmp_path)
+def test_export_says_nothing_on_standard_error(network, tmp_path, capfd):
+    Tvm().write(Source(network[0], {}, "net"), HOST, tmp_path)
     assert capfd.readouterr().err == ""
 
 
