@@ -21,7 +21,7 @@ from ..common.progress import track
 from . import layers
 from .journal import Journal
 from .model import Model
-from .moments import Moments
+from .moments import SAMPLE, Moments
 
 aten = torch.ops.aten
 NUMBERED = re.compile(r"^((?:.*\.)?[A-Za-z_]\w*)\.(\d+)\.")
@@ -194,6 +194,7 @@ def calibrate(
     journal: Journal,
     *,
     products: bool = False,
+    keep: int = SAMPLE,
     what: str = "calibrating",
 ) -> None:
     """Go through the blocks in order: collect `Moments` of what each wanted linear reads, let `visit` edit the block, run it again.
@@ -216,7 +217,7 @@ def calibrate(
 
             def show(node: Node, value: torch.Tensor, readers: dict[Node, Linear] = readers, moments: dict[Node, Moments] = moments) -> None:  # fmt: skip
                 if node in readers:
-                    found = moments.setdefault(node, Moments(value.shape[-1], products))
+                    found = moments.setdefault(node, Moments(value.shape[-1], products, keep))
                     found.add(value, readers[node].name)
 
             run.see(block, show)

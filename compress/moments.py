@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..common.errors import PlanishError
+from ..kernels.packing import CHUNK
 
 SAMPLE = 2048
 """rows kept for searches over the output error"""
@@ -23,6 +24,7 @@ class Moments:
     products: bool = False
     """whether `second` is summed, which costs channels^2 numbers"""
     keep: int = SAMPLE
+    """rows in `kept`; 0 for a method that looks at none"""
     rows: int = 0
     low: torch.Tensor = field(init=False)
     """(channels,) least value"""
@@ -56,28 +58,35 @@ class Moments:
     def add(self, value: torch.Tensor, name: str = "") -> None:
         """Take in one batch (..., channels). Raises PlanishError when it holds NaN or Inf; `name` is the layer for the message."""
         x = value.detach().reshape(-1, self.channels).float()  # (rows, channels)
-        if not torch.isfinite(x).all():
+        for part in x.split(max(1, CHUNK // self.channels)):
+            self._sum(part)
+        if not (torch.isfinite(self.low) & torch.isfinite(self.high)).all():
             raise PlanishError(f"calibration: layer '{name}' reads NaN or Inf values for finite inputs")
-        self.low = torch.minimum(self.low, x.amin(0))
-        self.high = torch.maximum(self.high, x.amax(0))
-        wide = x.double()
-        self.first += wide.sum(0)
-        square = wide * wide
-        self.square += square.sum(0)
-        self.magnitude += x.abs().sum(0, dtype=torch.float64)
-        self.fourth += float(square.square_().sum())
         if self.second is not None:
             self.second.addmm_(x.T, x)
         self._keep(x)
         self.rows += len(x)
 
+    def _sum(self, x: torch.Tensor) -> None:
+        """Ranges and sums of a few rows."""
+        self.low = torch.minimum(self.low, x.amin(0))
+        self.high = torch.maximum(self.high, x.amax(0))
+        wide = x.double()
+        self.first += wide.sum(0)
+        self.magnitude += wide.abs().sum(0)
+        square = wide.square_()
+        self.square += square.sum(0)
+        self.fourth += float(square.square_().sum())
+
     def _keep(self, x: torch.Tensor) -> None:
         """Every `stride`-th row; when `keep` is full, every second kept row goes and the stride doubles."""
         chosen = x[self._next - self.rows :: self._stride] if self._next < self.rows + len(x) else x[:0]
         self._next += len(chosen) * self._stride
+        if not self.keep:
+            return
         self.kept = torch.cat([self.kept, chosen])
         while len(self.kept) > self.keep:
-            self.kept = self.kept[::2]
+            self.kept = self.kept[::2].clone()
             self._stride *= 2
             self._next = -(-(self.rows + len(x)) // self._stride) * self._stride
 

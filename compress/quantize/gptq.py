@@ -35,6 +35,7 @@ class Gptq(IntegerLinears):
     needs_data: ClassVar[bool] = True
     calibrates: ClassVar[bool] = True
     products: ClassVar[bool] = True
+    keep: ClassVar[int] = 0
     copies: ClassVar[int] = 5
 
     act_order: bool = True
@@ -59,9 +60,8 @@ class Gptq(IntegerLinears):
     ) -> list[Replacement]:
         """All rows that read the tensor are rounded together: they share the Hessian."""
         assert moments is not None
-        hessian = moments.hessian()  # (in, in)
-        order = torch.argsort(hessian.diagonal(), descending=True, stable=True) if self.act_order else None
-        factor = upper_factor(hessian, self.damping, order, members[0].name)
+        order = torch.argsort(moments.square, descending=True, stable=True) if self.act_order else None
+        factor = upper_factor(moments.hessian(), self.damping, order, members[0].name)
         weight = torch.cat([m.weight for m in members])  # (all outs, in)
         grid, codes = self.compensated(weight, factor, order, self.columns(members[0]))
         sizes = [len(m.weight) for m in members]
@@ -113,17 +113,18 @@ def upper_factor(hessian: torch.Tensor, damping: float, order: torch.Tensor | No
     The diagonal of an input that was always 0 becomes the mean: its column is rounded to nearest. The damping is raised tenfold,
     a few times, when the factorization fails; then raises PlanishError naming the layer.
     """
-    reverse = (hessian if order is None else hessian[order][:, order]).flip(0, 1)
-    diagonal = reverse.diagonal()  # a view
+    places = (torch.arange(len(hessian)) if order is None else order).flip(0)
+    hessian = hessian[places[:, None], places]  # reversed: its lower factor is the upper one of the Hessian
+    diagonal = hessian.diagonal()  # a view
     mean = float(diagonal.mean()) or 1.0
     diagonal[diagonal == 0] = mean
     added = 0.0
     for attempt in range(RETRIES + 1):
         diagonal.add_(mean * damping * 10**attempt - added)
         added = mean * damping * 10**attempt
-        lower, failed = torch.linalg.cholesky_ex(reverse)
+        lower, failed = torch.linalg.cholesky_ex(hessian)
         if not failed:
-            return lower.flip(0, 1).float()
+            return lower.float().flip(0, 1)
     raise PlanishError(
         f"quantize.gptq: the Hessian of layer '{name}' is not positive definite with damping {damping * 10**RETRIES:g}: "
         "give more or other calibration data"

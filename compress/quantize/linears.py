@@ -113,6 +113,8 @@ class Linears(Chosen):
     """whether `replacements` uses the moments of the layer's input"""
     products: ClassVar[bool] = False
     """whether it uses their second moments (the Hessian)"""
+    keep: ClassVar[int] = SAMPLE
+    """rows of the layer's input that it is given"""
 
     formats: ClassVar[tuple[str, ...]] = ("onnx", "pt2", "tvm")
 
@@ -175,7 +177,16 @@ class Linears(Chosen):
             for item, replacement in zip([i for group in members for i in group], made, strict=True):
                 entries.append(replace(model.graph, item, replacement))
 
-        calibrate(model, batches, wanted, visit, journal, products=self.products, what=f"quantize.{self._method()}")
+        calibrate(
+            model,
+            batches,
+            wanted,
+            visit,
+            journal,
+            products=self.products,
+            keep=self.keep,
+            what=f"quantize.{self._method()}",
+        )
         layers.drop_unused(model.graph)
         return model.with_receipt(*entries)
 
