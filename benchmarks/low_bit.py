@@ -1,6 +1,6 @@
 """Low-bit methods on language models: perplexity, bytes and seconds, on the plain weights and with outliers put in.
 
-    python benchmarks/low_bit.py [story|decoder|mamba ...] [--weights KIND ...] [--only TEXT] [--json]
+    python benchmarks/low_bit.py [story|decoder|mamba ...] [--weights KIND ...] [--only TEXT ...] [--json]
 
 `story` is the 260K-parameter Llama-style story model of the data folder, `decoder` and `mamba` the models of
 benchmarks/weights. All methods get the same weights, the same calibration windows (of the training text; for `story`, of text
@@ -158,7 +158,7 @@ def methods(name, kind, only):
             "W4A8",
             ["quantize.mamba_rotations", "quantize.dynamic: {bits: 4, group: auto}"],
         )
-    return {label: method for label, method in found.items() if not only or only in label}
+    return {label: method for label, method in found.items() if not only or any(o in label for o in only)}
 
 
 def measure(name, kinds, only, say):
@@ -185,7 +185,7 @@ def measure(name, kinds, only, say):
                 row |= {"perplexity": found, "bytes": compressed.bytes(), "seconds": seconds, "lost": found / exact - 1}
             rows.append(row)
             say(line(row))
-    shares = [] if only and only not in "ovp int or flint W4A4" else (1, 2, 4)
+    shares = [] if only and "ovp" not in only else (1, 2, 4)
     return rows, [pairs(name, plain, data, channels, say) for channels in shares]
 
 
@@ -290,7 +290,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("models", nargs="*", default=["story", "decoder", "mamba"])
     parser.add_argument("--weights", nargs="+", default=KINDS, choices=("plain", "outliers", *SITES))
-    parser.add_argument("--only", help="methods whose label holds this text")
+    parser.add_argument("--only", nargs="+", default=[], help="methods whose label holds one of these texts")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
