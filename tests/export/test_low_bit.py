@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -66,14 +67,26 @@ def write(model: Model, inputs: dict[str, np.ndarray], folder: Path) -> Written:
     return Onnx().write(source(model, inputs), target.load("host"), folder)
 
 
+@functools.cache
+def classifier(gain: float, step: Any) -> tuple[Model, Source]:
+    """The classifier after one pass, and as it is handed to the format with a few samples."""
+    model = compressed(Classifier(gain), step, {"x": torch.zeros(1, WIDTH)})
+    return model, source(model, noise())
+
+
+def write_classifier(gain: float, step: Any, folder: Path) -> Written:
+    folder.mkdir()
+    return Onnx().write(classifier(gain, step)[1], target.load("host"), folder)
+
+
 def noise(n: int = 8, width: int = WIDTH) -> dict[str, np.ndarray]:
     return {"x": np.random.default_rng(1).standard_normal((n, width), np.float32)}
 
 
 def test_a_node_whose_output_int8_activations_would_spoil_keeps_floats(tmp_path: Path) -> None:
     step = RoundToNearest(bits=4, group=32)
-    plain = write(compressed(Classifier(1.0), step, {"x": torch.zeros(1, WIDTH)}), noise(), tmp_path / "plain")
-    spiky = write(compressed(Classifier(200.0), step, {"x": torch.zeros(1, WIDTH)}), noise(), tmp_path / "spiky")
+    plain = write_classifier(1.0, step, tmp_path / "plain")
+    spiky = write_classifier(200.0, step, tmp_path / "spiky")
     levels = plain.details["accuracy_levels"]
     assert {n: c["level"] for n, c in levels.items()} == {"up": 4, "mid": 4, "head": 4}
     assert all(0 < c["error"] <= accuracy.BOUND for c in levels.values())
@@ -85,7 +98,8 @@ def test_a_node_whose_output_int8_activations_would_spoil_keeps_floats(tmp_path:
 
 def test_level_four_moves_no_top_score_of_the_golden_samples() -> None:
     """Of many samples some lie near a border: nodes go back to level 0 until the classes are those of level 0, but for ties."""
-    model = to_onnx(compressed(Classifier(3.0), RoundToNearest(bits=4, group=32), {"x": torch.zeros(1, WIDTH)}))
+    model = onnx.ModelProto()
+    model.CopyFrom(classifier(3.0, RoundToNearest(bits=4, group=32))[1].onnx)
     inputs = noise(2000)
     before = ort.run(ort.create(model.SerializeToString(), 1), inputs)["output"]
     every = onnx.ModelProto()
@@ -104,16 +118,16 @@ def test_a_tie_may_go_either_way() -> None:
 
 @pytest.mark.parametrize("bits", [8, 4, 3, 2])
 def test_the_artifact_answers_as_the_compressed_program(bits: int, tmp_path: Path) -> None:
-    model = compressed(Classifier(1.0), RoundToNearest(bits=bits, group=32), {"x": torch.zeros(1, WIDTH)})
-    written = write(model, noise(), tmp_path / "a")
+    model, _ = classifier(1.0, step := RoundToNearest(bits=bits, group=32))
+    written = write_classifier(1.0, step, tmp_path / "a")
     assert written.answers is not None
     want = model(torch.from_numpy(noise()["x"])).detach().numpy()
     assert np.linalg.norm(written.answers["output"] - want) <= 0.02 * np.linalg.norm(want)
 
 
 def test_equal_sources_give_equal_bytes_and_details(tmp_path: Path) -> None:
-    model = compressed(Classifier(3.0), RoundToNearest(bits=4, group=32), {"x": torch.zeros(1, WIDTH)})
-    a, b = (write(model, noise(), tmp_path / n) for n in "ab")
+    model, _ = classifier(3.0, step := RoundToNearest(bits=4, group=32))
+    a, b = write_classifier(3.0, step, tmp_path / "a"), write(model, noise(), tmp_path / "b")
     assert (tmp_path / "a/model.onnx").read_bytes() == (tmp_path / "b/model.onnx").read_bytes()
     assert a.details == b.details and a.warnings == b.warnings
 
@@ -121,25 +135,25 @@ def test_equal_sources_give_equal_bytes_and_details(tmp_path: Path) -> None:
 def test_what_costs_speed_or_bytes_is_said_before_anything_is_written(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = compressed(Classifier(1.0), RoundToNearest(bits=3, group=32), {"x": torch.zeros(1, WIDTH)})
+    step = RoundToNearest(bits=3, group=32)
     with pytest.raises(FileNotFoundError):
-        Onnx().write(source(model, noise()), target.load("host"), tmp_path / "missing")
+        Onnx().write(classifier(1.0, step)[1], target.load("host"), tmp_path / "missing")
     said = " ".join(capsys.readouterr().err.split())
     assert "warning: 'up', 'mid', 'head'" in said or "warning: 'up'" in said
     assert "3-bit codes are stored in 4 bits" in said
-    written = write(model, noise(), tmp_path / "a")
+    written = write_classifier(1.0, step, tmp_path / "a")
     assert any("3-bit codes are stored in 4 bits" in w for w in written.warnings)
 
 
 def test_four_bit_activations_of_small_layers_are_said_to_be_slow(tmp_path: Path) -> None:
     step = Dynamic(bits=4, activations=4, group=32)
-    written = write(compressed(Classifier(1.0), step, {"x": torch.zeros(1, WIDTH)}), noise(), tmp_path / "a")
+    written = write_classifier(1.0, step, tmp_path / "a")
     assert any("rounding its activations" in w for w in written.warnings)
 
 
 def test_dynamic_int8_is_fused_and_needs_no_choice(tmp_path: Path) -> None:
     step = Dynamic(granularity="tensor")
-    written = write(compressed(Classifier(1.0), step, {"x": torch.zeros(1, WIDTH)}), noise(), tmp_path / "a")
+    written = write_classifier(1.0, step, tmp_path / "a")
     assert written.details["runtime_ops"]["DynamicQuantizeMatMul"] == 3
     assert "accuracy_levels" not in written.details and written.warnings == ()
     assert float_weight_bytes(optimized(tmp_path / "a/model.onnx")) == 0
