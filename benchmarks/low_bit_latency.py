@@ -103,7 +103,7 @@ def peers(path, folder):
     found = {"ort quantize_dynamic": folder / "ort_dynamic.onnx"}
     quantize_dynamic(path, found["ort quantize_dynamic"], weight_type=QuantType.QInt8, per_channel=True)
     for block, level in ((32, None), (32, 4), (128, 4)):
-            quantizer = MatMulNBitsQuantizer(onnx.load(path), block_size=block, is_symmetric=True, accuracy_level=level)
+        quantizer = MatMulNBitsQuantizer(onnx.load(path), block_size=block, is_symmetric=True, accuracy_level=level)
         quantizer.process()
         row = f"ort MatMulNBits g{block}, level {level or 0}"
         found[row] = folder / f"ort_{block}_{level}.onnx"
