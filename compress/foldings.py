@@ -24,8 +24,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 from torch.utils._pytree import tree_map
 
@@ -116,25 +115,17 @@ class _Trail:
     places: tuple[Place, ...]
 
 
-class _Sizes(Interpreter):
-    """Runs the graph without values and keeps the shape of each tensor and the value of each number."""
+class _Sizes(layers.Hollow):
+    """Keeps the shape of each tensor and the value of each number."""
 
-    def __init__(self, graph: GraphModule) -> None:
-        super().__init__(graph)
-        self.found: dict[Node, Any] = {}
-
-    def run_node(self, n: Node) -> Any:
-        value = super().run_node(n)
-        self.found[n] = tree_map(lambda v: tuple(v.shape) if isinstance(v, torch.Tensor) else v, value)
-        return value
+    def see(self, value: object) -> object:
+        """Also of the tensors in a tuple."""
+        return tree_map(lambda v: tuple(v.shape) if isinstance(v, torch.Tensor) else v, value)
 
 
 def concrete(model: Model) -> Concrete:
     """Shapes and numbers of the graph for a small example, which `find` follows channels with."""
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        run = _Sizes(model.graph)
-        run.run(*(mode.from_tensor(x) for x in model.example(2)))
-    return run.found
+    return _Sizes(model).seen(model.example(2))
 
 
 def find(module: GraphModule, source: Node, readers: Sequence[Node], sizes: Concrete) -> Folding:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ STORED_AS = ("_codes", "_scale", "_zero_point")
 """what the quantizer appends to a parameter's name for the tensors that replace it"""
 
 
+SMALL = 1024
+"""elements of a constant whose values shapes may depend on"""
 FLOAT_OPS = ("planish.selective_scan", "planish.hadamard")
 """planish ops that compute in float, so that a model with them is not quantized yet"""
 
@@ -199,16 +202,37 @@ def _attribute(graph: GraphModule, name: str, value: torch.Tensor) -> Node:
     return node
 
 
-class _Shapes(Interpreter):
-    def __init__(self, graph: GraphModule) -> None:
-        super().__init__(graph)
-        self.found: dict[Node, tuple[int, ...]] = {}
+class Hollow(Interpreter):
+    """Runs a graph for what its tensors are, without values: weights are never read, and no result takes memory."""
+
+    def __init__(self, model: Model) -> None:
+        super().__init__(model.graph)
+        self._mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self.found: dict[Node, Any] = {}
+        """what `see` makes of each node's result"""
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """A tensor of the same shape without values; a small one as it is."""
+        value = super().get_attr(target, args, kwargs)
+        return self._mode.from_tensor(value) if isinstance(value, torch.Tensor) and value.numel() > SMALL else value
+
+    def see(self, value: object) -> object:
+        """What is kept of a result, None for nothing."""
+        return tuple(value.shape) if isinstance(value, torch.Tensor) else None
 
     def run_node(self, n: Node) -> object:
+        """As ever; keeps what is seen of the result."""
         value = super().run_node(n)
-        if isinstance(value, torch.Tensor):
-            self.found[n] = tuple(value.shape)
+        seen = self.see(value)
+        if seen is not None:
+            self.found[n] = seen
         return value
+
+    def seen(self, example: Iterable[torch.Tensor]) -> dict[Node, Any]:
+        """Run on inputs of the example's shapes."""
+        with self._mode:
+            self.run(*(self._mode.from_tensor(x) for x in example))
+        return self.found
 
 
 def shapes(model: Model, batch: int = 1) -> dict[Node, tuple[int, ...]]:
@@ -216,7 +240,4 @@ def shapes(model: Model, batch: int = 1) -> dict[Node, tuple[int, ...]]:
 
     A model that fixes its batch is taken with its own. Nodes that give no single tensor are absent.
     """
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        run = _Shapes(model.graph)
-        run.run(*(mode.from_tensor(x) for x in model.example(batch)))
-    return run.found
+    return Hollow(model).seen(model.example(batch))

@@ -21,7 +21,7 @@ from .mapped import Mapped
 
 _EXAMPLE = 8
 """size with which a dynamic dimension besides the batch is traced again"""
-RESIDENT = 1 << 28
+RESIDENT = 1 << 26
 """bytes of mapped weights that are read before their pages are let go"""
 
 
@@ -99,7 +99,12 @@ class Model:
 
     def __call__(self, *args: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
         """Outputs for input tensors in the order of `inputs`."""
-        return _Releasing(self).run(*args) if self.mapped else self.graph(*args)
+        if not self.mapped:
+            return self.graph(*args)
+        try:
+            return _Releasing(self).run(*args)
+        finally:
+            self.release()
 
     def release(self) -> None:
         """Let go of the pages of mapped tensors."""
@@ -155,9 +160,11 @@ class _Releasing(torch.fx.Interpreter):
         super().__init__(model.graph)
         self._model, self._read = model, 0
 
-    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
-        value = super().get_attr(target, args, kwargs)
-        self._read += value.numel() * value.element_size() if isinstance(value, torch.Tensor) else 0
+    def run_node(self, n: torch.fx.Node) -> Any:
+        """As ever; counts what the op reads."""
+        constants = [self.env[a] for a in n.all_input_nodes if a.op == "get_attr"]
+        self._read += sum(t.numel() * t.element_size() for t in constants if isinstance(t, torch.Tensor))
+        value = super().run_node(n)
         if self._read > RESIDENT:
             self._model.release()
             self._read = 0
