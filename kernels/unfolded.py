@@ -13,12 +13,12 @@ from onnx import TensorProto
 from .fused import Builder
 
 
-def at_run_time(graph: Builder, codes: str, x: str, name: str) -> str:
-    """The uint8 constant `codes` as a value that depends on `x`; names of new values start with `name`."""
+def at_run_time(graph: Builder, codes: str, x: str, name: str, kind: int = TensorProto.UINT8) -> str:
+    """The integers `codes` of an ONNX type as a value that depends on the floats `x`; names of new values start with `name`."""
     total = graph.one("ReduceSum", [x], f"{name}.total", keepdims=0)  # scalar; 0 for an empty x
     limit = shared(graph, "planish.infinity", np.array(np.inf, np.float32))
     never = graph.one("Greater", [total, limit], f"{name}.never")  # false for every float, NaN too
-    zero = graph.one("Cast", [never], f"{name}.zero", to=TensorProto.UINT8)
+    zero = graph.one("Cast", [never], f"{name}.zero", to=kind)
     return graph.one("Add", [codes, zero], f"{name}.codes")
 
 
