@@ -139,7 +139,7 @@ def _has_weight(node: Node) -> bool:
     return (
         name in (*CHANNELS_FIRST, *TABLES, "aten.linear", "aten.matmul", "aten.mm", "aten.addmm")
         or name in cost.CONVOLUTION | cost.TRANSPOSED | cost.RECURRENT
-        or name.startswith("planish.linear")
+        or name.startswith(("planish.linear", "planish.embedding"))
     )
 
 

@@ -65,7 +65,7 @@ def forecast(model: Model, passes: Sequence[tuple[str, Pass]], data: Data | None
             continue
         problems += [f"{name}: {p}" for p in found.problems]
         gone = {n for block in found.blocks.values() for n in block.layers}
-        dropped = _dropped(model, gone)
+        dropped = _dropped(model, taken | gone)
         size += sum(b.stored for b in found.blocks.values()) - sum(_bytes(left.pop(n)) for n in dropped if n in left)
         replaced += len(gone)
         taken |= gone
@@ -86,20 +86,21 @@ def _bytes(tensor: object) -> int:
 
 
 def _tensors(model: Model) -> list[str]:
-    return [n for n, _ in [*model.graph.named_parameters(), *model.graph.named_buffers()]]
+    """Names by which the graph reads its tensors: of a shared one, the one name among several."""
+    return [str(n.target) for n in model.graph.graph.nodes if n.op == "get_attr"]
 
 
 def _dropped(model: Model, gone: set[str]) -> set[str]:
-    """Weights that no node reads once the layers in `gone` are replaced."""
+    """Weights that no node reads once the layers in `gone` are replaced, embeddings by the names of their tables."""
     readers: dict[str, list[str]] = {}
     for node in model.graph.graph.nodes:
         for source in node.all_input_nodes:
             while layers.op(source) == "aten._to_copy":
                 source = source.all_input_nodes[0]  # noqa: PLW2901 - down to the tensor
             if source.op == "get_attr" and layers.op(node) != "aten._to_copy":
-                readers.setdefault(str(source.target), []).append(
-                    layers.layer(node) if node.args[0] is not source else ""
-                )
+                table = str(source.target) if layers.op(node) == "aten.embedding" else ""
+                name = layers.layer(node) if node.args[0] is not source else table
+                readers.setdefault(str(source.target), []).append(name)
     return {n for n, names in readers.items() if n.endswith("weight") and set(names) <= gone}
 
 

@@ -280,11 +280,16 @@ def tied_heads(model: Model) -> set[str]:
 
 def check_weight(item: Linear) -> None:
     """Raise PlanishError for a weight with NaN or Inf."""
-    low, high = torch.aminmax(item.weight)  # takes no memory, and is NaN where one value is
+    check_finite(item.name, item.weight)
+
+
+def check_finite(layer: str, weight: torch.Tensor) -> None:
+    """The same for a weight (rows, columns) of a layer by name."""
+    low, high = torch.aminmax(weight)  # takes no memory, and is NaN where one value is
     if not (torch.isfinite(low) and torch.isfinite(high)):
-        bad = (~torch.isfinite(item.weight)).nonzero()
+        bad = (~torch.isfinite(weight)).nonzero()
         raise PlanishError(
-            f"layer '{item.name}': its weight has {len(bad)} NaN or Inf values, the first at {tuple(bad[0].tolist())}"
+            f"layer '{layer}': its weight has {len(bad)} NaN or Inf values, the first at {tuple(bad[0].tolist())}"
         )
 
 
