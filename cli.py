@@ -34,7 +34,7 @@ Weights = Annotated[Path | None, typer.Option("--weights", "-w", help="Weights f
 Inputs = Annotated[list[str] | None, typer.Option("--input", "-i", help="Input of a factory's model: name=1,3,32,32 (needed without --data).")]  # fmt: skip
 RuntimeName = Annotated[str | None, typer.Option("--runtime", help="Runtime to use instead of the target's own.")]
 Threads = Annotated[int, typer.Option("--threads", min=1, help="CPU threads.")]
-ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="file.py:factory, package.module:factory, .pt2, .onnx or a compressed folder.")]  # fmt: skip
+ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="file.py:factory, package.module:factory, .pt2, .onnx, a Hugging Face folder or a compressed folder.")]  # fmt: skip
 INTERRUPTED = "interrupted; no output was written"
 
 ArtifactPath = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Folder written by `planish export`.")]
@@ -215,11 +215,7 @@ def evaluate(
     )
     if as_json:
         return _json(report)
-    shown = f"{report['value']:.2%}" if report["metric"] == "accuracy" else f"{report['value']:.6f}"
-    if "kl" in report:
-        shown += f", KL {report['kl']:.6f}, {report['agreement']:.2%} same next token"
-    what = "tokens" if report["metric"] == "perplexity" else "samples"
-    _print(f"{report['metric']} {shown} on {report['n']} {what} ({report['runtime']})")
+    _print(f"{_quality(report)} ({report['runtime']})")
 
 
 @app.command()
@@ -271,6 +267,8 @@ def inspect(
     stored = any("error" in r for r in rows)
     columns = ["layer", "op", "shape", "bits", "bytes", "MACs", "max |w|", "kurtosis", *(["error"] if stored else [])]
     title = f"{model}: {report['params']:,} weights, {report['macs']:,} MACs, {report['bytes']:,} bytes"
+    if "quality" in report:
+        _print(_quality(report["quality"]))
     sizes = _table(*columns, title=title)
     for r in rows:
         cells = [r["name"], r["op"], "x".join(map(str, r.get("shape", ()))), str(r.get("bits", "")), _count(r["bytes"])]
@@ -403,6 +401,15 @@ def _inputs(texts: list[str] | None) -> dict[str, Input] | None:
     from .compress.load import parse_input
 
     return {i.name: i for i in map(parse_input, texts)}
+
+
+def _quality(report: dict[str, Any]) -> str:
+    """How good a model is, in one line."""
+    shown = f"{report['value']:.2%}" if report["metric"] == "accuracy" else f"{report['value']:.6f}"
+    if "kl" in report:
+        shown += f", KL {report['kl']:.6f}, {report['agreement']:.2%} same next token"
+    what = "tokens" if report["metric"] == "perplexity" else "samples"
+    return f"{report['metric']} {shown} on {report['n']} {what}"
 
 
 def _forecast(report: dict[str, Any], as_json: bool) -> None:

@@ -271,18 +271,17 @@ def evaluate(
     machine, which gives the device's own integers; name --runtime emulator to run the firmware instead.
     """
     with _opened(model, data, weights, inputs, length, runtime, threads) as found:
-        said = {"runtime": found.runtime}
-        if found.data is None:
-            return {**_to_original(found, model), **said}
-        if found.data.labels is not None:
-            value = top1(found.run(found.data.inputs), found.data.labels)
-            return {"metric": "accuracy", "value": value, "n": found.data.n, **said}
-        if found.language is not None:
-            score = evaluation.perplexity(found.language, found.data.inputs["input_ids"])
-            return {"metric": "perplexity", "value": score.value, "n": score.n, **said}
-    raise PlanishError(
-        f"data '{data}' has no 'labels', which accuracy needs; leave --data out for closeness to the original"
-    )
+        if found.data is not None:
+            score = _score(found, found.data)
+            if score is None:
+                raise PlanishError(
+                    f"data '{data}' has no 'labels', which accuracy needs; leave --data out for closeness to the original"
+                )
+        else:
+            score = _to_original(found)
+            if score is None:
+                raise PlanishError(f"'{model}' carries no answers of an original model to compare with; give --data")
+        return {**score, "runtime": found.runtime}
 
 
 def generate(
@@ -319,21 +318,27 @@ def inspect(
     inputs: Mapping[str, Input] | None = None,
     samples: int = 16,
 ) -> dict[str, Any]:
-    """Size, work, weights and, with data, outliers and sensitivity of every layer of a model or compressed folder.
+    """How good a model or compressed folder is; size, work, weights and, with data, outliers and sensitivity of every layer.
 
-    Returns {model, params, macs, bytes, samples, layers: [...], attention: [...]}; what is not known is left out.
+    Returns {model, params, macs, bytes, quality, samples, layers: [...], attention: [...]}; what is not known is left out. `quality` is
+    what `evaluate` says: perplexity or accuracy on the data, else the closeness of a compressed model to its original.
     """
     manifest = Path(model) / "manifest.json"
     if manifest.is_file() and files.read_json(manifest).get("format") != "compressed":
         raise PlanishError(
             f"'{model}' is an artifact; inspect reads models and compressed folders, profile shows layers"
         )
-    traced, given = _model_and_data(model, weights, inputs, data, None)
+    with _opened(model, data, weights, inputs, None, None, 1) as opened:
+        traced, given = opened.traced, opened.data
+        assert traced is not None  # only an artifact has none
+        scored = given.take(slice(_few(given))) if given and opened.language else given
+        quality = _to_original(opened) if scored is None else _score(opened, scored)
     given = given.sample(samples, torch.Generator().manual_seed(0)) if given else None
     found = diagnostics.inspect(traced, list(given.batches(traced, 4)) if given else ())
     return {
         "model": model,
         **compressed_model.summary(traced),
+        **({"quality": quality} if quality else {}),
         "samples": given.n if given else 0,
         "layers": [_figures(row) for row in found.layers],
         "attention": [_figures(row) for row in found.attention],
@@ -352,6 +357,8 @@ class _Opened:
     language: evaluation.Language | None
     """set for a causal language model"""
     text: Text | None
+    traced: Model | None = None
+    """unless it is an artifact"""
 
 
 @contextlib.contextmanager
@@ -383,7 +390,7 @@ def _opened(
     traced, given = _model_and_data(spec, weights, inputs, data, length)
     causal = evaluation.language(traced) if evaluation.is_causal(traced) else None
     names = [i.name for i in traced.inputs]
-    yield _Opened(lambda x: predict(traced, x), names, "pt2", given, golden, causal, traced.text)
+    yield _Opened(lambda x: predict(traced, x), names, "pt2", given, golden, causal, traced.text, traced)
 
 
 def _model_and_data(
@@ -402,11 +409,21 @@ def _model_and_data(
     return model, check(samples, model.inputs) if samples else None
 
 
-def _to_original(found: _Opened, name: str) -> dict[str, Any]:
-    """Closeness to the original model on the golden samples."""
+def _score(found: _Opened, data: Data) -> dict[str, Any] | None:
+    """Accuracy where labels exist, perplexity of a causal model, None elsewhere."""
+    if data.labels is not None:
+        return {"metric": "accuracy", "value": top1(found.run(data.inputs), data.labels), "n": data.n}
+    if found.language is not None:
+        score = evaluation.perplexity(found.language, data.inputs["input_ids"])
+        return {"metric": "perplexity", "value": score.value, "n": score.n}
+    return None
+
+
+def _to_original(found: _Opened) -> dict[str, Any] | None:
+    """Closeness to the original model on the golden samples, None when there are no answers of one."""
     originals = {k.removeprefix("original."): v for k, v in found.golden.items() if k.startswith("original.")}
     if not originals:
-        raise PlanishError(f"'{name}' carries no answers of an original model to compare with; give --data")
+        return None
     given = {k.removeprefix("input."): v for k, v in found.golden.items() if k.startswith("input.")}
     answers = found.run(given)
     report = {"metric": "cosine", "value": cosine(answers, originals), "n": len(next(iter(given.values())))}
@@ -475,9 +492,13 @@ def _quality(original: Model, result: Model, samples: Data) -> dict[str, Any]:
 
 
 def _windows(samples: Data) -> np.ndarray:
-    """The first rows of tokens, as many as the report scores."""
-    tokens = samples.inputs["input_ids"]
-    return tokens[: max(1, SCORED // tokens.shape[1])]
+    """The first rows of tokens, as many as a report scores."""
+    return samples.inputs["input_ids"][: _few(samples)]
+
+
+def _few(samples: Data) -> int:
+    """How many rows of tokens a report scores."""
+    return max(1, SCORED // samples.inputs["input_ids"].shape[1])
 
 
 def _milliseconds(model: Model, inputs: Mapping[str, np.ndarray]) -> float:
