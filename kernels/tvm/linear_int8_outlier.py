@@ -1,4 +1,4 @@
-"""`linear_int8_outlier` in TVM, with frozen outlier columns: the packed int8 product, and a thin one of gathered columns in float16."""
+"""`linear_int8_outlier` in TVM, with frozen outlier columns: the packed int8 product, and a thin one of gathered columns in float."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from ...common.errors import PlanishError
 from ..linear_int8_outlier import TOP
 from . import activations
 from .lowering import Lowering, Use
-from .packed import Packed, add_bias, half, linear, signed
+from .packed import Packed, add_bias, half, linear, signed, single
 
 
 class LinearInt8Outlier(Lowering):
-    """Equal to the reference within float32 rounding, the integers and the count exactly; without `outlier_weight` the outlier columns
-    are stored in float16, which rounds codes * scale. Raises PlanishError for the dynamic form.
+    """Equal to the reference within float32 rounding, the integers and the count exactly. Raises PlanishError for the dynamic form.
+
+    Without `outlier_weight` the outlier columns are stored in float32, as codes * scale: these may lie beyond float16.
     """
 
     def rounds(self, attributes: Mapping[str, Any]) -> bool:
@@ -49,8 +50,8 @@ class LinearInt8Outlier(Lowering):
         if len(columns):
             chosen = use.emit(op.take(x, relax.const(columns), axis=-1))
             exact = use.optional("outlier_weight")
-            thick = codes[:, columns].astype(np.float32) * scale[:, None] if exact is None else exact
-            y = use.emit(op.add(y, linear(use, chosen, half(thick))))
+            thick = single(codes[:, columns] * scale[:, None]) if exact is None else half(exact)
+            y = use.emit(op.add(y, linear(use, chosen, thick)))
         beyond = use.emit(op.logical_and(hot, relax.const(~outlier)))
         return [add_bias(use, y), self._count(use, beyond)]
 

@@ -109,6 +109,11 @@ def half_float(reader: Reader, k: Any) -> Any:
     return reader.tirx.reinterpret("float16", reader.code(k).astype("uint16")).astype("float32")
 
 
+def single_float(reader: Reader, k: Any) -> Any:
+    """The code's bits as a float32."""
+    return reader.tirx.reinterpret("float32", reader.code(k))
+
+
 def plain(scale: Any) -> Any:
     """A stored scale as the number that it is."""
     return scale.astype("float32")
@@ -143,6 +148,13 @@ def half(weight: np.ndarray) -> Packed:
     """A weight (out, in) in float16."""
     ones = np.ones((len(weight), 1), np.float32)
     return Packed(weight.astype(np.float16).view(np.uint16), 16, weight.shape[1], ones, half_float)
+
+
+def single(weight: np.ndarray) -> Packed:
+    """A weight (out, in) in float32."""
+    ones = np.ones((len(weight), 1), np.float32)
+    codes = np.ascontiguousarray(weight, np.float32).view(np.uint32)
+    return Packed(codes, 32, weight.shape[1], ones, single_float)
 
 
 @dataclass(frozen=True)

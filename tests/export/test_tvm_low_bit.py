@@ -164,6 +164,22 @@ def test_int8_outlier(columns, samples):
     check("linear_int8_outlier", tensors, {"threshold": 6.0, "dynamic": False, "samples": samples}, 4.0)
 
 
+@pytest.mark.parametrize("columns", [[3, 17, 20], [5]])
+def test_int8_outlier_columns_restored_from_int8_may_lie_beyond_float16(columns):
+    weight = normal(30, 40, seed=1)
+    weight[7] *= 1e6
+    codes, scale = linear_int8_outlier.quantize_rows(weight)
+    tensors = {"x": normal(2, 5, 40), "codes": codes, "scale": scale, "columns": torch.tensor(columns)}
+    tensors["x"][..., columns] *= 30
+    peak = float((codes.float() * scale[:, None]).abs()[:, columns].max())
+    assert peak > torch.finfo(torch.float16).max
+    attributes = {"threshold": 6.0, "dynamic": False, "samples": 0}
+    check("linear_int8_outlier", tensors, attributes, float(weight.abs().max()))
+    quiet = weight.abs().amax(1) < 10  # rows that are within float16 are as exact as before
+    tensors |= {"codes": codes[quiet], "scale": scale[quiet]}
+    check("linear_int8_outlier", tensors, attributes, 5.0)
+
+
 def test_int8_outlier_of_run_time_is_refused():
     codes, scale = linear_int8_outlier.quantize_rows(normal(8, 16))
     attributes = {"threshold": 6.0, "dynamic": True, "samples": -1}
