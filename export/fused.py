@@ -46,6 +46,13 @@ def used(proto: onnx.ModelProto) -> bool:
     return any(n.domain == DOMAIN for n in proto.graph.node)
 
 
+def low_bit(proto: onnx.ModelProto) -> list[str]:
+    """The names of the ops of a graph's planish nodes that compute with codes, sorted."""
+    known = fused.ops()
+    nodes = (n for n in proto.graph.node if n.domain == DOMAIN)
+    return sorted({n.op_type for n in nodes if known[n.op_type].low_bit(call(n))})
+
+
 def lower(proto: onnx.ModelProto) -> tuple[str, ...]:
     """Replace every planish node, in place, by the nodes that its op's file writes.
 

@@ -96,7 +96,7 @@ def lowered(proto: onnx.ModelProto) -> onnx.ModelProto:
     notes = fused.lower(made)
     _Graph(made).drop_unused()
     metadata.put(made, metadata.NOTES, notes)
-    metadata.put(made, metadata.LOW_BIT, sorted({n.op_type for n in proto.graph.node if n.domain == fused.DOMAIN}))
+    metadata.put(made, metadata.LOW_BIT, fused.low_bit(proto))
     return made
 
 

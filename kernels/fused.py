@@ -1,4 +1,4 @@
-"""`Fused`: one low-bit operation that is one node of a compressed program, `planish::<file name>`. One file an op.
+"""`Fused`: one low-bit operation, or a float one that ATen lacks, that is one node of a compressed program, `planish::<file name>`. One file an op.
 
 An op's file defines its schema, its packing, and the reference in plain torch, which defines the numbers, and registers it with
 `register` when it is imported. Its `Fused` subclass says how the node is written in ONNX. Faster or other forms are files of
@@ -36,8 +36,16 @@ class Fused(abc.ABC):
         constant folding would turn back to float.
         """
 
+    def low_bit(self, call: Call) -> bool:
+        """Whether this use of the op computes with codes; one that computes in float has its file here for its lowering alone."""
+        return True
+
     def slow(self, call: Call) -> str | None:
-        """Why ONNX Runtime computes this op slower than a float matrix product, None where it does not."""
+        """Why ONNX Runtime computes this op slower than the same layer in float, None where it does not.
+
+        The layer in float is a matrix product for a linear op, the scan without rounding for a scan. An op that computes in
+        float itself has no such layer and gives None.
+        """
         return None
 
 

@@ -173,6 +173,10 @@ register(
 class Hadamard(Fused):
     """ONNX: one small matrix product for each Kronecker factor. The factors are constants of at most `WIDEST` or the base's order."""
 
+    def low_bit(self, call: Call) -> bool:
+        """Never: it turns floats into floats."""
+        return False
+
     def lower(self, call: Call, graph: Builder) -> Sequence[str]:
         """Equal to the reference within float32 rounding."""
         x, signs = call.tensors["x"], call.tensors.get("signs")

@@ -18,7 +18,7 @@ state_scale  0: q does nothing. Positive: q(v) = state_scale * clamp(round_half_
 Returns y (batch, time, channels) and h after the last step, so that a sequence may be cut anywhere.
 
 ONNX Runtime has no operator for it: the lowering is ONNX's Scan over time, one step a run of its body, any length. An int8
-product inside gains no speed there; the quantized operands are for kernels that have one.
+product inside costs time there; the quantized operands are for kernels that have one.
 """
 
 from __future__ import annotations
@@ -174,9 +174,15 @@ class SelectiveScan(Fused):
         y = graph.one("MatMul", [graph.constant(f"{name}.outer", outer), y], f"{name}.across")
         return graph.one("Reshape", [y, flat], f"{name}.back")
 
+    def low_bit(self, call: Call) -> bool:
+        """Only with an int8 product."""
+        return float(call.attributes.get("state_scale", 0.0)) > 0
+
     def slow(self, call: Call) -> str | None:
-        """A loop over time runs one small step after another in every runtime of ONNX."""
-        return "the scan runs step by step, with a few microseconds of overhead each"
+        """The int8 product inside: every step rounds its operand, and then multiplies in float as before."""
+        if not self.low_bit(call):
+            return None
+        return "ONNX Runtime multiplies the int8 codes of the scan's states in float, and rounds them before"
 
 
 def _constant(call: Call, graph: Builder, argument: str) -> np.ndarray:

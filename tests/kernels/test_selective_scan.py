@@ -7,6 +7,7 @@ import onnxruntime
 import pytest
 import torch
 from planish.compress.model import Input, trace
+from planish.export import metadata
 from planish.export.lowering import to_onnx
 from planish.kernels import fused
 from planish.kernels.selective_scan import selective_scan, states
@@ -122,3 +123,26 @@ def test_onnx_runtime_computes_the_reference(turned: bool, scale: float) -> None
         error = (torch.from_numpy(found) - y).abs()
         assert (error <= (scale * o["c"].abs().amax(-1, keepdim=True) if scale else 0) + 2e-5).all()
         assert error.median() < 1e-5
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.05])
+def test_only_a_scan_with_an_int8_product_is_a_low_bit_op(scale: float) -> None:
+    """Then, and only then, the user hears that ONNX Runtime is slower with it than in float."""
+    o = operands(5)
+    inputs = {n: o[n] for n in ("x", "delta", "b", "c", "state")}
+    rest = tuple(orthogonal(n, n, torch.float32) for n in (STATES, 4, 6))
+    proto = to_onnx(trace(Scan(o, rest, scale), inputs, "scan"))
+    notes = metadata.get(proto, metadata.NOTES)
+    assert metadata.get(proto, metadata.LOW_BIT) == (["selective_scan"] if scale else [])
+    assert len(notes) == (1 if scale else 0)
+    assert all("slower than in float" in n for n in notes)
+
+
+class Turned(torch.nn.Module):
+    def forward(self, x):
+        return torch.ops.planish.hadamard(x, None, 8, False)
+
+
+def test_a_rotation_in_float_is_no_low_bit_op() -> None:
+    proto = to_onnx(trace(Turned(), {"x": torch.zeros(2, 8)}, "turned"))
+    assert metadata.get(proto, metadata.LOW_BIT) == metadata.get(proto, metadata.NOTES) == []
