@@ -1,5 +1,7 @@
 """Quantized embeddings: what is stored is what is computed and foretold, a shared table waits for its projection, faults are one line."""
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -39,6 +41,7 @@ class Encoder(nn.Module):
 IDS = torch.arange(24).reshape(2, 12)
 
 
+@functools.cache
 def network(tied=False):
     return trace(Encoder(tied), {"input_ids": IDS}, "net")
 
