@@ -13,6 +13,7 @@ import torch
 from torch.fx import Node
 
 from ..common.progress import track
+from ..kernels.packing import CHUNK
 from . import attention, cost, layers
 from .blocks import Linear, Run, linear, split
 from .model import Model
@@ -170,9 +171,13 @@ def _weight(weight: torch.Tensor) -> tuple[float | None, float | None]:
     """Largest magnitude and kurtosis of a float weight; None for codes."""
     if not weight.is_floating_point():
         return None, None
-    x = weight.detach().double()
-    square = float(x.square().mean())
-    return float(x.abs().max()), float(x.pow(4).mean()) / square**2 if square > 0 else 0.0
+    low, high = weight.detach().aminmax()
+    square = fourth = 0.0
+    for part in weight.detach().reshape(-1).split(CHUNK):
+        squares = part.double().square()
+        square += float(squares.sum())
+        fourth += float(squares.square_().sum())
+    return float(torch.maximum(-low, high)), fourth * weight.numel() / square**2 if square > 0 else 0.0
 
 
 def _watched(model: Model, outputs: set[Node]) -> dict[Node, int]:

@@ -26,7 +26,6 @@ from torch.fx import GraphModule, Node
 from ...common.errors import PlanishError
 from ...kernels.hadamard import largest_block
 from .. import heads, layers, stream
-from ..blocks import groups
 from ..model import Entry, Model
 from ..moments import Moments
 from ..passes import Context
@@ -101,30 +100,37 @@ class Rotate(Chosen):
         model = model.editable()
         module, entries = model.graph, []
         done: set[Node] = set()
+
+        def settle() -> None:
+            """Let rewritten weights go to the journal, and the pages of those that were read."""
+            context.journal.spill(module)
+            context.journal.release()
+
         if self.residual:
             found = stream.find(model)
             if isinstance(found, str):
                 entries.append(Entry("residual stream", "left", f"not rotated offline: {found}", 0, 0))
             else:
                 second = self._second(model, found, context) if self.kind == "klt-hadamard" else None
-                entries += _rotate_stream(module, found, Rotation(found.width, context.generator, second), wanted)
+                rotation = Rotation(found.width, context.generator, second)
+                entries += _rotate_stream(module, found, rotation, wanted, settle)
                 done |= {r for n in found.norms for r in n.readers}
         if self.online:
-            entries += _fold_gains(
-                module, [n for n in stream.norms(model, layers.shapes(model)) if not done & set(n.readers)]
-            )
+            norms = [n for n in stream.norms(model, layers.shapes(model)) if not done & set(n.readers)]
+            entries += _fold_gains(module, norms, settle)
         joined = {v.joined: v for v in heads.find(model) if isinstance(v, heads.Values)}
         if self.attention == "heads":
             entries += [Entry("values", "left", f"not rotated offline: {v}", 0, 0) for v in heads.find(model) if isinstance(v, str)]  # fmt: skip
             for values in joined.values():
                 entries.append(_rotate_heads(module, values, Rotation(values.size, context.generator)))
+                settle()
             done |= set(joined)
         elif self.attention == "none":
             done |= set(joined)
         if self.online:
-            nodes = [n for n in module.graph.nodes if n.op == "call_function" and n not in done]
-            for group in groups(module, nodes, wanted):
-                entries.append(_rotate_input(module, [item.node for item in group], context.generator))
+            for group in _groups([n for n in module.graph.nodes if n not in done], wanted):
+                entries.append(_rotate_input(module, group, context.generator))
+                settle()
         if not any(e.action == "folded" for e in entries):
             raise PlanishError(
                 f"quantize.rotate: nothing of '{model.source}' was rotated; it takes linear layers with constant weights "
@@ -147,10 +153,29 @@ class Rotate(Chosen):
         return moments.hessian()
 
 
+def _groups(nodes: Sequence[Node], wanted: Callable[[str], bool]) -> list[list[Node]]:
+    """The linears with constant weights whose names are wanted, those that read the same tensor together, in graph order."""
+    found: dict[Node, list[Node]] = {}
+    for node in nodes:
+        if node.target is not aten.linear.default or not wanted(layers.layer(node)):
+            continue
+        source, weight, bias = node.args[0], node.args[1], layers.argument(node, "bias")
+        if isinstance(source, Node) and layers.is_parameter(weight) and (bias is None or layers.is_parameter(bias)):
+            found.setdefault(source, []).append(node)
+    return list(found.values())
+
+
 def _rotate_stream(
-    module: GraphModule, found: Stream, rotation: Rotation, wanted: Callable[[str], bool]
+    module: GraphModule,
+    found: Stream,
+    rotation: Rotation,
+    wanted: Callable[[str], bool],
+    settle: Callable[[], None],
 ) -> list[Entry]:
-    """R1 in place; the lines of the receipt. Layers that are not `wanted` are rotated too, and stay in the type they are stored in."""
+    """R1 in place; the lines of the receipt. Layers that are not `wanted` are rotated too, and stay in the type they are stored in.
+
+    `settle` is called whenever weights have been rewritten.
+    """
     centred = found.norms[0].centred
 
     def written(rows: torch.Tensor) -> torch.Tensor:
@@ -162,16 +187,19 @@ def _rotate_stream(
         if norm.readers:
             for node in norm.readers:
                 _fold_norm(module, norm, node, rotation, alike=not wanted(layers.layer(node)))
+                settle()
             norm.node.replace_all_uses_with(normal)
         else:
             _restore(module, norm, normal, rotation, f"rotation.norm_{index}")
     for node in found.writers:
         if layers.op(node) == "aten.embedding":
             _write_alike(module, node, 0, written(_read(module, node.args[0])))
+            settle()
             continue
         _write(module, node, 1, written(_read(module, node.args[1]).T).T)
         if layers.argument(node, "bias") is not None:
             _write(module, node, 2, written(_read(module, node.args[2])))
+        settle()
     for node, index in found.constants:
         _write(module, node, index, written(_read(module, node.args[index]).expand(*_read(module, node.args[index]).shape[:-1], found.width)))  # fmt: skip
     graph = module.graph
@@ -204,14 +232,18 @@ def _rotate_stream(
     return [Entry("residual stream", "folded", reason, 0, 0)]
 
 
-def _fold_gains(module: GraphModule, found: Sequence[stream.Norm]) -> list[Entry]:
-    """Let the linears behind norms take over gain and shift, without a rotation, in place; the lines of the receipt."""
+def _fold_gains(module: GraphModule, found: Sequence[stream.Norm], settle: Callable[[], None]) -> list[Entry]:
+    """Let the linears behind norms take over gain and shift, without a rotation, in place; the lines of the receipt.
+
+    `settle` is called whenever weights have been rewritten.
+    """
     entries = []
     for norm in found:
         if norm.readers and (norm.gain is not None or norm.shift is not None):
             normal = _normalized(module, norm, keep_mean=True)
             for node in norm.readers:
                 _fold_norm(module, norm, node, None)
+                settle()
             norm.node.replace_all_uses_with(normal)
             name = layers.parameter(norm.gain or norm.shift) or norm.node.name
             entries.append(Entry(name, "folded", f"into {', '.join(layers.layer(r) for r in norm.readers)}", 0, 0))
@@ -334,7 +366,7 @@ def _write_alike(module: GraphModule, node: Node, index: int, value: torch.Tenso
         stored: Any = node.args[index]
         with module.graph.inserting_after(stored):
             made = module.graph.call_function(aten._to_copy.default, (stored,), {"dtype": torch.float32})
-        made.meta["val"] = value.float()
+        made.meta["val"] = value.new_empty(value.shape, dtype=torch.float32, device="meta")
         node.update_arg(index, made)
 
 

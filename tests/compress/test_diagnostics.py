@@ -119,3 +119,16 @@ def test_tied_weights_are_counted_once():
     model = trace(Tied(), {"ids": torch.zeros(2, 3, dtype=torch.int64)}, "tied")
     assert [r.bytes for r in inspect(model).layers] == [160, 0]
     assert diagnostics.THRESHOLD == 6
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_figures_of_a_weight_do_not_depend_on_how_it_is_cut(monkeypatch, dtype):
+    weight = torch.randn(37, 53, generator=torch.Generator().manual_seed(0)).to(dtype)
+    weight[3, 5] = -7
+    before, wide = weight.clone(), weight.double()
+    monkeypatch.setattr(diagnostics, "CHUNK", 100)
+    peak, kurtosis = diagnostics._weight(weight)
+    assert torch.equal(weight, before)
+    assert peak == 7
+    assert kurtosis == pytest.approx(float(wide.pow(4).mean() / wide.square().mean() ** 2), rel=1e-12)
+    assert diagnostics._weight(torch.zeros(2, 2)) == (0, 0)

@@ -10,7 +10,7 @@ import onnxruntime
 import pytest
 import torch
 from planish.common.errors import PlanishError
-from planish.compress import evaluation, layers
+from planish.compress import evaluation, journal, layers
 from planish.compress.data import Data
 from planish.compress.model import Model, predict, trace
 from planish.compress.moments import Moments
@@ -237,3 +237,31 @@ def test_errors_name_what_is_accepted(decoder, tokens):
     bare = trace(nn.Sequential(nn.Conv2d(1, 1, 1), nn.Flatten(), nn.Linear(4, 2)), {"x": torch.zeros(2, 1, 2, 2)}, "net")  # fmt: skip
     with pytest.raises(PlanishError, match="nothing of 'net' was rotated"):
         apply(Rotate(online=False), bare, None)
+
+
+@pytest.mark.parametrize("method", [Rotate(), Rotate(residual=False)])
+def test_rotated_weights_go_to_the_journal_one_after_the_other(decoder, tokens, tmp_path, monkeypatch, method):
+    """With the same bits as in memory, which at no time holds more than the layers that were rewritten last."""
+    plain = apply(method, decoder, tokens)
+    monkeypatch.setattr(journal, "SPILL", 1)
+    held, spill = [], journal.Journal.spill
+
+    def watched(log, module):
+        own = [p for p in module.parameters() if not any(m.holds(p) for m in log.maps)]
+        held.append(sum(p.numel() for p in own))
+        spill(log, module)
+
+    monkeypatch.setattr(journal.Journal, "spill", watched)
+    log = journal.Journal(tmp_path / "partial", identity={})
+    log.spill(model := decoder.copy().graph)
+    held.clear()
+    context = Context(decoder, tokens, target.load("host"), torch.Generator().manual_seed(0), journal=log)
+    spilled = method.apply(replace(decoder, graph=model), context)
+    largest = max(p.numel() for p in decoder.graph.parameters())
+    assert len(held) > 7
+    assert max(held) <= 3 * largest
+    want, got = dict(plain.graph.named_parameters()), dict(spilled.graph.named_parameters())
+    assert want.keys() == got.keys()
+    assert all(torch.equal(want[n], got[n]) for n in want)
+    few = {"input_ids": tokens.inputs["input_ids"][:2]}
+    assert np.array_equal(predict(plain, few)["logits"], predict(spilled, few)["logits"])
