@@ -47,7 +47,7 @@ class Gptq(IntegerLinears):
     damping: float = pydantic.Field(default=0.01, gt=0)
     """added to the Hessian's diagonal, as a share of its mean"""
     block: int = pydantic.Field(default=128, ge=1)
-    """columns that are rounded before the rest is corrected; no influence on the result"""
+    """columns that are rounded before the rest is corrected; the result is the same up to float32 rounding"""
 
     @pydantic.model_validator(mode="after")
     def _order(self) -> Gptq:
