@@ -6,9 +6,10 @@ faster and is silent about what it costs. Neither default is right for every mod
 1. The model runs on the golden inputs at level 0 with a twin at level 4 beside every node. A node may take level 4 when
    |y4 - y0| <= BOUND * |y0| over all its outputs on these inputs (Frobenius norms).
 2. If the model's scores then name another class or token anywhere on the golden inputs (argmax of a first output (n, classes), or
-   of one called logits), the nodes that err most go back to level 0: the longest prefix of the nodes, by growing error, that moves no
-   argmax keeps level 4, found by bisection. Between two scores that level 0 tells apart by at most BOUND of their spread (standard
-   deviation over the classes) either may win: among some hundred tokens there nearly always is such a tie.
+   of one called logits), the nodes that err most go back to level 0: a prefix of the nodes, by growing error, that moves no argmax
+   keeps level 4. It is found by bisection, which need not find the longest: a longer prefix may move an argmax back. Between two
+   scores that level 0 tells apart by at most BOUND of their spread (standard deviation over the classes) either may win: among some
+   hundred tokens there nearly always is such a tie.
 3. Nodes of 8 or 2 bits that stay at level 0 are written as nodes of 4 bits with the same value, since those are the ones that
    multiply floats without decoding the weight on every call.
 

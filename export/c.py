@@ -40,7 +40,7 @@ class C(Format):
         project = c_project.build(graph, source.name)
         check_budget(project, target)
         _write_sources(project, target, source.golden_inputs, folder)
-        facts = _facts(project, source)
+        facts = _facts(project)
         warnings: list[str] = []
         flash: int | None = None
         ram: int | None = None
@@ -114,7 +114,7 @@ def _link(project: Project, target: Target, folder: Path, warnings: list[str]) -
     return CODE_ESTIMATE + constants, project.memory.plan.arena + firmware.STACK, {"sizes": split, "toolchain": None}
 
 
-def _facts(project: Project, source: Source) -> dict[str, Any]:
+def _facts(project: Project) -> dict[str, Any]:
     """What MODEL says about the project."""
     plan = project.memory.plan
     return {

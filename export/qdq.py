@@ -441,7 +441,7 @@ class _Reader:
         pads = None
         value = 0.0
         if move.type == "Pad":
-            pads, value = _pads(move, len(x.shape)), _pad_value(move, x)
+            pads, value = _pads(move, len(x.shape)), _pad_value(move)
             if pads is not None and not any(pads):
                 return x
         elif move.type == "Slice" and x.shape == move.shape and _forward(constants):
@@ -590,6 +590,6 @@ def _pads(move: Move, rank: int) -> list[int] | None:
     return pads
 
 
-def _pad_value(move: Move, x: Tensor) -> float:
+def _pad_value(move: Move) -> float:
     value = move.constants[1] if len(move.constants) > 1 else None
     return 0.0 if value is None else float(_real(value).item())

@@ -12,7 +12,6 @@ MOST_DIMENSIONS = 6
 """dimensions, without the batch, that the copying kernels count"""
 
 CHANNELS_LAST = (0, 2, 3, 1)
-CHANNELS_FIRST = (0, 3, 1, 2)
 
 
 def order(rank: int) -> tuple[int, ...]:
@@ -38,12 +37,6 @@ def strides(shape: tuple[int, ...]) -> tuple[int, ...]:
 def to_memory(x: Array) -> Array:
     """An ONNX-shaped array (n, ...) as the C code holds it, flat per sample: (n, size)."""
     return x.transpose(order(x.ndim)).reshape(len(x), -1)
-
-
-def from_memory(x: Array, shape: tuple[int, ...]) -> Array:
-    """The inverse of `to_memory`: (n, size) to (n, *shape[1:])."""
-    y = x.reshape(len(x), *memory_shape(shape)[1:])
-    return y.transpose(CHANNELS_FIRST) if len(shape) == 4 else y
 
 
 def strided_copy(node: Node, offset: int, steps: Sequence[int]) -> Call:

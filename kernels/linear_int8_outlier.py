@@ -162,7 +162,7 @@ class LinearInt8Outlier(Fused):
             y = graph.one("Add", [y, self._thin(call, graph, codes, scale, columns)], f"{name}.both")
         if "bias" in tensors:
             y = graph.one("Add", [y, tensors["bias"]], f"{name}.biased")
-        return [y, self._counted(x, beyond, int(call.attributes["samples"]), graph, name)]
+        return [y, self._counted(beyond, int(call.attributes["samples"]), graph, name)]
 
     def _peak(self, size: str, hot: str, beyond: str, zero: str, columns: np.ndarray, graph: Builder, name: str) -> str:
         """The scale c (..., 1): the largest value of a token that is not an outlier, 1 for none."""
@@ -187,7 +187,7 @@ class LinearInt8Outlier(Fused):
         chosen = graph.one("Gather", [call.tensors["x"], graph.constant(f"{name}.columns", columns)], f"{name}.outlier_x", axis=-1)  # fmt: skip
         return graph.one("MatMul", [chosen, stored], f"{name}.outliers")
 
-    def _counted(self, x: str, beyond: str, samples: int, graph: Builder, name: str) -> str:
+    def _counted(self, beyond: str, samples: int, graph: Builder, name: str) -> str:
         """int64, along the dimension `samples` or (1,)."""
         ones = graph.one("Cast", [beyond], f"{name}.ones", to=TensorProto.INT32)
         if samples > 0:

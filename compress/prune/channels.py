@@ -64,7 +64,7 @@ class Channels(Pass):
             )
         pruned = model.copy()
         found = analyse(pruned)
-        self._skip(pruned, found)
+        self._skip(found)
         plan = Plan(
             found,
             self._costs(model, pruned, found),
@@ -81,9 +81,9 @@ class Channels(Pass):
         remove(found, removed)
         result = renewed(pruned)
         check_equal(model, result, found, removed)
-        return result.with_receipt(*self._receipt(model, result, found, removed))
+        return result.with_receipt(*self._receipt(model, result, found))
 
-    def _skip(self, model: Model, found: Dependencies) -> None:
+    def _skip(self, found: Dependencies) -> None:
         named = {name.rpartition(".")[0] for name, _ in found.axes}
         for pattern in self.skip:
             if not any(matches(name, [pattern]) for name in named):
@@ -138,7 +138,7 @@ class Channels(Pass):
                     scored[found.group(unit)] = 0.0
         return scored
 
-    def _receipt(self, before: Model, after: Model, found: Dependencies, removed: set[int]) -> list[Entry]:
+    def _receipt(self, before: Model, after: Model, found: Dependencies) -> list[Entry]:
         protected = found.protected()
         entries = []
         old, new = dict(before.graph.named_parameters()), dict(after.graph.named_parameters())

@@ -123,7 +123,7 @@ class Static(Pass):
         if self.bias_correction:
             _correct_biases(module, quantized, batches)
         parameters = self._activations(module, plan, batches)
-        _insert_pairs(module, plan, parameters)
+        _insert_pairs(module, parameters)
         _quantize_biases(module, quantized, entries)
         for node in plan.own:
             entries.append(_activation_entry(node, parameters[node], self.observer))
@@ -402,8 +402,8 @@ def _set_bias(node: Node, bias: Node) -> None:
         node.args = (*node.args, bias)
 
 
-def _insert_pairs(module: GraphModule, plan: _Plan, parameters: dict[Node, Parameters]) -> None:
-    """Quantize -> dequantize behind every tensor of the plan; every reader then reads the dequantized tensor."""
+def _insert_pairs(module: GraphModule, parameters: dict[Node, Parameters]) -> None:
+    """Quantize -> dequantize behind every tensor that has parameters; every reader then reads the dequantized tensor."""
     graph = module.graph
     for node, p in parameters.items():
         readers = list(node.users)
