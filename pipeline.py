@@ -21,11 +21,12 @@ from .common import files, plugins
 from .common.errors import PlanishError, listed
 from .common.progress import say
 from .compress import compressed as compressed_model
-from .compress import diagnostics, evaluation, program_file, text
+from .compress import diagnostics, evaluation, layers, program_file, text
 from .compress import forecast as forecasts
 from .compress import journal as journals
 from .compress import load as loading
 from .compress import recipe as recipes
+from .compress.blocks import MASK
 from .compress.data import Data, check
 from .compress.evaluation import cosine, top1
 from .compress.load_data import load_data
@@ -75,11 +76,12 @@ def compress(
     recipe: str | None = None,
     output: Path | None = None,
     inputs: Mapping[str, Input] | None = None,
+    length: int | None = None,
     seed: int = 0,
     force: bool = False,
     dry_run: bool = False,
 ) -> dict[str, Any]:
-    """Run a recipe on a checkpoint and write the compressed model to the folder `output`.
+    """Run a recipe on a checkpoint and write the compressed model to the folder `output`. Text is read in windows of `length` tokens.
 
     With `dry_run` nothing is computed or written: the keys are those of `forecast.Forecast` with the model, target and recipe.
     An interrupted run leaves `<output>.partial`, from which the same call goes on.
@@ -101,7 +103,7 @@ def compress(
     needy = [name for name, step in plan.passes if step.needs_data]
     if needy and data is None:
         raise PlanishError(f"recipe '{plan.name}' needs data for {listed(needy)}; give --data")
-    prepared = _prepare(model, weights, inputs, data, test_data, any(step.trains for _, step in plan.passes))
+    prepared = _prepare(model, weights, inputs, data, test_data, length, any(step.trains for _, step in plan.passes))
     original = prepared.model
     if dry_run:
         found = forecasts.forecast(original, plan.passes, prepared.data, measure.peak_memory())
@@ -120,7 +122,7 @@ def compress(
 
     def given() -> dict[str, Any]:
         data_in = None if prepared.data is None else journals.digest(prepared.data.inputs, prepared.data.labels)
-        return {"planish": __version__, "model": journals.model_digest(original), "data": data_in, "recipe": recipes.dump(plan), "target": target, "seed": seed}  # fmt: skip
+        return {"planish": __version__, "model": journals.model_digest(original), "data": data_in, "recipe": recipes.dump(plan), "target": target, "seed": seed, "torch": torch.__version__, "threads": torch.get_num_threads()}  # fmt: skip
 
     with journals.opened(output, given, force, original) as journal:
         result = original
@@ -316,6 +318,7 @@ def inspect(
     data: str | None = None,
     weights: Path | None = None,
     inputs: Mapping[str, Input] | None = None,
+    length: int | None = None,
     samples: int = 16,
 ) -> dict[str, Any]:
     """How good a model or compressed folder is; size, work, weights and, with data, outliers and sensitivity of every layer.
@@ -328,7 +331,7 @@ def inspect(
         raise PlanishError(
             f"'{model}' is an artifact; inspect reads models and compressed folders, profile shows layers"
         )
-    with _opened(model, data, weights, inputs, None, None, 1) as opened:
+    with _opened(model, data, weights, inputs, length, None, 1) as opened:
         traced, given = opened.traced, opened.data
         assert traced is not None  # only an artifact has none
         scored = given.take(slice(_few(given))) if given and opened.language else given
@@ -462,6 +465,7 @@ def _prepare(
     inputs: Mapping[str, Input] | None,
     data: str | None,
     test_data: str | None,
+    length: int | None,
     trains: bool,
 ) -> Prepared:
     """Load model and data, check that they fit, and keep test samples apart when the recipe trains."""
@@ -469,7 +473,7 @@ def _prepare(
     samples, test = (load_data(d) if d and not text.is_text(d) else None for d in named)
     model = loading.load(spec, weights, inputs, samples or test)
     samples, test = (
-        text.load(d, model) if d and text.is_text(d) else x for d, x in zip(named, (samples, test), strict=True)
+        text.load(d, model, length) if d and text.is_text(d) else x for d, x in zip(named, (samples, test), strict=True)
     )
     samples = check(samples, model.inputs) if samples else None
     test = check(test, model.inputs) if test else samples
@@ -510,18 +514,33 @@ def _milliseconds(model: Model, inputs: Mapping[str, np.ndarray]) -> float:
 
 
 def _samples(model: Model, data: Data | None) -> dict[str, np.ndarray]:
-    """The first samples of the data; without data, seeded noise (integers: zeros) of the input shapes."""
+    """The first samples of the data; without data, seeded noise of the input shapes: tokens of the vocabulary, masks of ones, other integers 0."""
     count = GOLDEN if model.batched else model.inputs[0].shape[0]
     if data is not None and (model.batched or data.n >= count):
         return {i.name: _short(i, data.inputs[i.name][:count]) for i in model.inputs if i.name in data.inputs}
     generator = np.random.default_rng(0)
     given = [i for i in model.inputs if not i.state]
     shapes = {i.name: ((count, *i.shape[1:]) if model.batched else i.shape, i.dtype) for i in given}
+    rows = _vocabulary(model)
+
+    def drawn(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> np.ndarray:
+        if dtype.is_floating_point:
+            return generator.standard_normal(shape, np.float32)
+        if name == MASK:
+            return np.ones(shape, np.int64)
+        return generator.integers(0, rows.get(name, 1), shape)
+
+    kinds = {n: torch.empty(0, dtype=d).numpy().dtype for n, (_, d) in shapes.items()}
+    return {n: drawn(n, shape, dtype).astype(kinds[n]) for n, (shape, dtype) in shapes.items()}
+
+
+def _vocabulary(model: Model) -> dict[str, int]:
+    """Rows of the table that an integer input looks up, by input name."""
+    lookups = [n for n in model.graph.graph.nodes if layers.op(n) == "aten.embedding" and layers.is_constant(n.args[0])]
     return {
-        name: generator.standard_normal(shape, np.float32)
-        if dtype.is_floating_point
-        else np.zeros(shape, torch.empty(0, dtype=dtype).numpy().dtype)
-        for name, (shape, dtype) in shapes.items()
+        str(n.args[1].target): len(layers.read(model.graph, n.args[0]))
+        for n in lookups
+        if n.args[1].op == "placeholder"
     }
 
 

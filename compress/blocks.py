@@ -1,14 +1,13 @@
 """Block-wise calibration: run the graph one block of the network at a time, see what its layers read, edit it, go on.
 
-A block is one element of the longest numbered list of layers (`layers.0`, `layers.1`, ...): a transformer or Mamba block. Nodes are
-walked in graph order; a node belongs to the block whose tensors were read last. Between two blocks only the values that
+A block is one element of an outermost numbered list of layers (`layers.0`, `encoder.layer.1`): a transformer or Mamba block. Nodes are
+walked in graph order; a node belongs to the block that was entered last. Between two blocks only the values that
 later nodes read are kept, for every calibration batch, so memory is bounded by one block and those activations.
 """
 
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +23,9 @@ from .model import Model
 from .moments import SAMPLE, Moments
 
 aten = torch.ops.aten
-NUMBERED = re.compile(r"^((?:.*\.)?[A-Za-z_]\w*)\.(\d+)\.")
+NUMBERED = re.compile(r"^((?:[A-Za-z_]\w*\.)*?[A-Za-z_]\w*\.\d+)\.")
+MASK = "attention_mask"
+"""input (n, length) whose zeros are padding"""
 Batch = tuple[torch.Tensor, ...]
 Values = dict[Node, Any]
 
@@ -86,27 +87,18 @@ def groups(module: GraphModule, nodes: Iterable[Node], wanted: Callable[[str], b
 
 
 def split(module: GraphModule) -> list[Block]:
-    """The graph's computing nodes as blocks, in order."""
+    """The graph's computing nodes as blocks, in order. Names alone decide, so editing a block's layers moves no border."""
     nodes = [n for n in module.graph.nodes if n.op == "call_function"]
-    prefix = _prefix(module)
-    if prefix is None:
+    homes = [_home(n) for n in nodes]
+    last = max((i for i, home in enumerate(homes) if home is not None), default=None)
+    if last is None:
         return [Block("model", tuple(nodes))]
-    pattern = re.compile(re.escape(prefix) + r"\.(\d+)\.")
-
-    def own(node: Node) -> int | None:
-        names = (pattern.match(str(a.target)) for a in node.all_input_nodes if a.op == "get_attr")
-        return max((int(m[1]) for m in names if m), default=None)
-
-    numbers = [own(n) for n in nodes]
-    last = max(i for i, n in enumerate(numbers) if n is not None)
     places: list[list[Node]] = [[]]
     labels = ["before"]
-    current = -1
-    for index, (node, number) in enumerate(zip(nodes, numbers, strict=True)):
-        if number is not None and number > current:
-            current = number
+    for index, (node, home) in enumerate(zip(nodes, homes, strict=True)):
+        if home is not None and home not in labels:
             places.append([])
-            labels.append(f"{prefix}.{number}")
+            labels.append(home)
         elif index > last and labels[-1] != "after" and _reads_constant(node):
             places.append([])
             labels.append("after")
@@ -114,18 +106,26 @@ def split(module: GraphModule) -> list[Block]:
     return [Block(label, tuple(p)) for label, p in zip(labels, places, strict=True) if p]
 
 
-def _prefix(module: GraphModule) -> str | None:
-    """The list of layers that holds the most weights."""
-    sizes: Counter[str] = Counter()
-    for name in {str(n.target) for n in module.graph.nodes if n.op == "get_attr" and n.users}:
-        match = NUMBERED.match(name)
-        if match:
-            sizes[match[1]] += layers.tensor(module, name).numel()
-    return sizes.most_common(1)[0][0] if sizes else None
+def _home(node: Node) -> str | None:
+    """The element of the outermost numbered list ('layers.3') that the node's tensors belong to, None for a node without one."""
+    names = (NUMBERED.match(str(a.target)) for a in node.all_input_nodes if a.op == "get_attr")
+    return next((m[1] for m in names if m), None)
 
 
 def _reads_constant(node: Node) -> bool:
     return any(a.op == "get_attr" for a in node.all_input_nodes)
+
+
+def _mask(given: torch.Tensor) -> torch.Tensor | None:
+    """The tokens (n, length) that are no padding, None when none are."""
+    return None if given.ndim != 2 or bool(given.bool().all()) else given.bool()
+
+
+def _allowed(value: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """(tokens, ...) of a value (n, length, ...) or (n * length, ...); another value as it is."""
+    if value.ndim > 2 and value.shape[:2] == mask.shape:
+        return value[mask]
+    return value[mask.reshape(-1)] if value.ndim == 2 and len(value) == mask.numel() else value
 
 
 class Run:
@@ -135,11 +135,17 @@ class Run:
         self.module = module
         inputs = [n for n in module.graph.nodes if n.op == "placeholder"]
         self.states: list[Values] = [dict(zip(inputs, b, strict=True)) for b in batches]
+        place = next((i for i, n in enumerate(inputs) if n.target == MASK), None)
+        self.masks = [None if place is None else _mask(state[inputs[place]]) for state in self.states]
 
     def see(self, block: Block, show: Callable[[Node, torch.Tensor], None]) -> None:
-        """Run a block on all batches and call `show(node, value)` for every tensor that is read or made; the place stays."""
-        for state in self.states:
-            self._execute(block.nodes, dict(state), show, set())
+        """Run a block on all batches and call `show(node, value)` for every tensor that is read or made; the place stays.
+
+        Of a tensor whose first dimensions are those of the model's attention_mask, only the tokens that it allows are shown.
+        """
+        for state, mask in zip(self.states, self.masks, strict=True):
+            seen = show if mask is None else lambda n, v, mask=mask: show(n, _allowed(v, mask))
+            self._execute(block.nodes, dict(state), seen, set())
 
     def advance(self, block: Block) -> None:
         """Run a block on all batches, as it is now, and go behind it."""

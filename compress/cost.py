@@ -43,9 +43,9 @@ def total_macs(model: Model) -> int:
 def parameters(model: Model) -> dict[str, int]:
     """Weight elements by layer name (`conv1.weight` and `conv1.bias` count for `conv1`)."""
     found: dict[str, int] = {}
-    for name, value in weights(model.graph).items():
+    for name, count in weights(model.graph).items():
         layer = name.removesuffix("_codes").rpartition(".")[0]
-        found[layer] = found.get(layer, 0) + value.numel()
+        found[layer] = found.get(layer, 0) + count
     return found
 
 

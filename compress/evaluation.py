@@ -205,6 +205,10 @@ def cosine(outputs: Arrays, originals: Arrays) -> float:
         a, b = outputs[name].astype(np.float64).ravel(), original.astype(np.float64).ravel()
         norms = float(np.linalg.norm(a) * np.linalg.norm(b))
         found.append(float(a @ b) / norms if norms else float(np.array_equal(a, b)))
+        if not np.isfinite(found[-1]):
+            raise PlanishError(
+                f"output '{name}' has NaN or infinite values; its closeness to the original is not defined"
+            )
     return min(found)
 
 

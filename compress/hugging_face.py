@@ -397,6 +397,8 @@ def _text(folder: Path, config: Any) -> Text | None:
         return None
     content = path.read_text(encoding="utf-8")
     window = getattr(config, "max_position_embeddings", None) or UNLIMITED
+    if config.model_type in OWN_POSITIONS:  # positions count from behind the padding token
+        window = int(window) - config.pad_token_id - 1
     causal = config.model_type in (*DECODERS, *STATE_SPACE)
     return Text(content, text.begin(content, folder), int(window), causal)
 

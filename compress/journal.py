@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -68,8 +68,11 @@ class Journal:
         """Whether an earlier run, or this one, has a block's result."""
         return self.folder is not None and self._file(block).is_file()
 
-    def once(self, block: str, make: Callable[[], Record], generator: torch.Generator) -> Record:
-        """The block's result as stored; made now, and stored, when there is none. Raises PlanishError for a damaged file and a full disk."""
+    def once(self, block: str, what: Sequence[str], make: Callable[[], Record], generator: torch.Generator) -> Record:
+        """The block's result as stored; made now, and stored, when there is none. `what` names the layers that it is of.
+
+        Raises PlanishError for a file that is damaged or of other layers, and for a full disk.
+        """
         if self.folder is None:
             return make()
         path = self._file(block)
@@ -81,13 +84,17 @@ class Journal:
             after = generator.get_state()
             if not torch.equal(before, after):
                 tensors[GENERATOR] = after
-            _write(path, tensors, record.facts)
+            _write(path, tensors, {"layers": list(what), "made": record.facts})
         tensors = self._map(path)
         with safetensors.safe_open(path, "pt") as file:
             facts = json.loads(file.metadata()["facts"])
+        if facts["layers"] != list(what):
+            raise PlanishError(
+                f"'{path}' was made of {listed(facts['layers'])}, not of {listed(what)}; remove the folder '{self.folder}'"
+            )
         if GENERATOR in tensors:
             generator.set_state(tensors.pop(GENERATOR).clone())
-        return Record(tensors, facts)
+        return Record(tensors, facts["made"])
 
     def release(self) -> None:
         """Let go of the pages of all mapped tensors."""

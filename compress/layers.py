@@ -32,10 +32,12 @@ def op(node: Node) -> str:
 
 def parameter(node: object) -> str | None:
     """Name of the parameter whose value `node` is, also when a dequantize stands between; None when it is not one."""
+    coded = False
     while isinstance(node, Node):
+        coded |= op(node) == "planish.dequantize"
         if node.op == "get_attr":
             name = str(node.target)
-            for suffix in STORED_AS:
+            for suffix in STORED_AS if coded else ():
                 name = name.removesuffix(suffix)
             return name
         if op(node) not in (
@@ -74,10 +76,11 @@ def set_argument(node: Node, name: str, value: Any) -> None:
 
 def layer(node: Node) -> str:
     """Layer name of an op: the prefix of its weight's name (conv1.weight -> conv1), else the node's own name."""
-    for arg in tree_leaves(node.args[1:]):
-        name = parameter(arg)
-        if name is not None:
-            return name.rpartition(".")[0] or name
+    for arg in node.args[1:]:
+        for leaf in [arg] if isinstance(arg, Node) else tree_leaves(arg):
+            name = parameter(leaf)
+            if name is not None:
+                return name.rpartition(".")[0] or name
     return node.name
 
 
@@ -197,7 +200,7 @@ def _owner(graph: GraphModule, name: str) -> torch.nn.Module:
 
 
 def _attribute(graph: GraphModule, name: str, value: torch.Tensor) -> Node:
-    node = graph.graph.get_attr(name)
+    node = graph.graph.create_node("get_attr", name)
     node.meta["val"] = value
     return node
 

@@ -117,8 +117,8 @@ class Model:
 
     def editable(self) -> Model:
         """The same model with a graph of its own that shares its tensors: for passes that replace tensors and never write into them."""
-        tensors = [*self.graph.parameters(), *self.graph.buffers()]
-        return replace(self, graph=copy.deepcopy(self.graph, {id(t): t for t in tensors}))
+        graph = copy.deepcopy(self.graph.graph)  # its tensors are named, not held
+        return replace(self, graph=torch.fx.GraphModule(self.graph, graph))
 
     def with_receipt(self, *entries: Entry) -> Model:
         """The same model with more lines in its receipt."""
@@ -145,7 +145,7 @@ class Model:
 
     def parameters(self) -> int:
         """Number of weight elements: floating parameters, and the codes of quantized ones."""
-        return sum(t.numel() for t in weights(self.graph).values())
+        return sum(weights(self.graph).values())
 
     def bytes(self) -> int:
         """Bytes of all parameters and buffers as stored."""
@@ -183,10 +183,25 @@ def _dynamic(inputs: Sequence[Input], batched: bool) -> Any:
     return tuple(found) if any(found) else None
 
 
-def weights(graph: torch.fx.GraphModule) -> dict[str, torch.Tensor]:
-    """Learned tensors by name: parameters, and after quantization the buffers that hold their codes."""
-    found: dict[str, torch.Tensor] = dict(graph.named_parameters())
-    found |= {n: b for n, b in graph.named_buffers() if n.endswith("_codes")}
+def weights(graph: torch.fx.GraphModule) -> dict[str, int]:
+    """Learned numbers by tensor name: of parameters, and after quantization of the buffers that hold their codes, several to a byte."""
+    found = {n: p.numel() for n, p in graph.named_parameters()}
+    packed = _bits(graph)
+    found |= {n: b.numel() * 8 // packed.get(n, 8) for n, b in graph.named_buffers() if n.endswith("_codes")}
+    return found
+
+
+def _bits(graph: torch.fx.GraphModule) -> dict[str, int]:
+    """Bits of a weight in the buffers of codes that planish ops read, by name."""
+    found: dict[str, int] = {}
+    for node in graph.graph.nodes:
+        if not isinstance(node.target, torch._ops.OpOverload) or node.target.namespace != "planish":
+            continue
+        given = dict(zip((a.name for a in node.target._schema.arguments), node.args, strict=False)) | node.kwargs
+        codes = given.get("codes")
+        if isinstance(codes, torch.fx.Node) and codes.op == "get_attr":
+            width = 4 if "codebook" in node.target.name() else 8
+            found[str(codes.target)] = int(given.get("bits", width))
     return found
 
 

@@ -22,9 +22,11 @@ import torch
 from torch.fx import Graph, GraphModule
 
 from ...common.errors import PlanishError, listed
+from ...common.progress import say
 from .. import layers
 from ..blocks import Linear, linear
 from ..evaluation import is_causal
+from ..journal import Record
 from ..model import Entry, Input, Model
 from ..passes import Context, Pass, matches
 from . import knapsack, sensitivity
@@ -87,6 +89,31 @@ class Auto(Pass):
         if not free:
             raise PlanishError("quantize.auto: every layer is pinned to float")
         objective = self._objective(model, context)
+        decided = context.journal.once(
+            "choice",
+            list(free),
+            lambda: self._decide(model, context, items, free, offered, objective),
+            context.generator,
+        )
+        result = model.with_receipt(*(Entry(**e) for e in decided.facts["receipt"]))
+        for index, method in enumerate(offered.methods):
+            names = tuple(n for n, choice in decided.facts["choices"].items() if choice == index)
+            if method is not None and names:
+                own = dataclasses.replace(context, journal=context.journal.section(f"{index}"))
+                result = method.model_copy(update={"layers": names, "skip": ()}).apply(result, own)
+        return result
+
+    def _decide(
+        self,
+        model: Model,
+        context: Context,
+        items: Mapping[str, Linear],
+        free: Mapping[str, list[str]],
+        offered: _Offers,
+        objective: Literal["kl", "output"],
+    ) -> Record:
+        """{choices: {layer: index of a method}, receipt: lines as dicts}. The times that it measures are not the same in another run."""
+        assert context.data is not None
         batches = list(context.data.sample(self.samples, context.generator).batches(model, 4))
         wanted = {n: {k: m for k, m in enumerate(offered.methods) if offered.labels[k] in free[n] and m} for n in free}
         times = _Times(self, context)
@@ -96,15 +123,12 @@ class Auto(Pass):
         budget, unit, scale = self._budget(model, items, options)
         solution = self._solve(options, budget, unit, scale)
         chosen = {n: options[n][c] for n, c in zip(options, solution.choices, strict=True)}
-        result = model.with_receipt(
-            *_receipt(chosen, options, solution, budget, unit, objective, scale), *times.receipt()
-        )
-        for index, method in enumerate(offered.methods):
-            names = tuple(n for n, option in chosen.items() if option.choice == index)
-            if method is not None and names:
-                own = dataclasses.replace(context, journal=context.journal.section(f"{index}"))
-                result = method.model_copy(update={"layers": names, "skip": ()}).apply(result, own)
-        return result
+        entries = [*_receipt(chosen, options, solution, budget, unit, objective, scale), *times.receipt()]
+        facts = {
+            "choices": {n: o.choice for n, o in chosen.items()},
+            "receipt": [dataclasses.asdict(e) for e in entries],
+        }
+        return Record({}, facts)
 
     def _objective(self, model: Model, context: Context) -> Literal["kl", "output"]:
         if self.objective != "auto":
@@ -128,6 +152,11 @@ class Auto(Pass):
         for c in found:
             loss = c.kl if objective == "kl" else c.error
             assert loss is not None
+            if not (math.isfinite(loss) and math.isfinite(c.error)):
+                say(
+                    f"quantize.auto: '{offered.labels[c.choice]}' gives layer '{item.name}' NaN or infinite outputs; not a choice"
+                )
+                continue
             cost = times.of(item, c.replacement) if timed else c.bytes
             made.append(_Option(c.choice, offered.labels[c.choice], max(0.0, loss), cost, c.error))
         if with_float:

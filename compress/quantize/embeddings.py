@@ -113,7 +113,10 @@ class Embeddings(Pass):
                 continue
             group = grids.group_size(table.name, stored.shape[1], self.group)
             found = journal.once(
-                table.weight, lambda t=table, s=stored, g=group: self._rounded(t.name, s, g), context.generator
+                table.weight,
+                [table.name],
+                lambda t=table, s=stored, g=group: self._rounded(t.name, s, g),
+                context.generator,
             )
             self._replace(model, table, found, group)
             width = f"groups of {group}" if group < stored.shape[1] else "per row"

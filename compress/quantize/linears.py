@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -173,8 +174,9 @@ class Linears(Chosen):
                     made += [r.without_restored(i) for r, i in zip(found, group, strict=True)]
                 return _record(made)
 
-            made = _recalled(journal.once(block.name, make, context.generator))
-            for item, replacement in zip([i for group in members for i in group], made, strict=True):
+            items = [i for group in members for i in group]
+            made = _recalled(journal.once(block.name, [i.name for i in items], make, context.generator))
+            for item, replacement in zip(items, made, strict=True):
                 entries.append(replace(model.graph, item, replacement))
 
         calibrate(

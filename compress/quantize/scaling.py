@@ -58,7 +58,7 @@ class Scaling(Chosen):
                     choices.append(choice)
                 return Record(tensors, choices)
 
-            record = journal.once(block.name, make, context.generator)
+            record = journal.once(block.name, [m.name for g in members for m in g], make, context.generator)
             for index, (group, folding) in enumerate(zip(members, place, strict=True)):
                 light = [Linear(m.name, m.node, m.source, torch.empty(0), None) for m in group]
                 found.append((light, folding, record.tensors[str(index)], record.facts[index]))

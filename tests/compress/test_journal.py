@@ -12,11 +12,14 @@ import pytest
 import torch
 from planish import compress, pipeline
 from planish.common.errors import PlanishError
-from planish.compress import journal
+from planish.compress import blocks, journal
+from planish.compress.data import Data
 from planish.compress.mapped import Mapped
 from planish.compress.model import trace
+from planish.compress.passes import Context
 from planish.compress.quantize.gptq import Gptq
 from planish.compress.quantize.smoothquant import SmoothQuant
+from planish.targets import target
 
 NET = """
 import torch
@@ -189,3 +192,57 @@ def test_the_place_of_a_tensor_is_known(tmp_path):
 def test_compress_without_an_output_keeps_nothing(place):
     assert compress("net.py:small", data="data.npz", recipe="low.yaml")["recipe"] == "low"
     assert not [p for p in place.iterdir() if p.name.endswith(".partial")]
+
+
+class Towers(torch.nn.Module):
+    """Two lists of blocks, the second of which is larger until the first is packed."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = torch.nn.ModuleList(torch.nn.Linear(32, 32) for _ in range(5))
+        self.decoder = torch.nn.ModuleList(
+            torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.ReLU()) for _ in range(4)
+        )
+
+    def forward(self, x):
+        for layer in [*self.encoder, *self.decoder]:
+            x = x + layer(x)
+        return x
+
+
+def test_editing_a_block_moves_no_border():
+    torch.manual_seed(0)
+    model = trace(Towers(), {"x": torch.zeros(1, 32)}, "towers")
+    names = [b.name for b in blocks.split(model.graph)]
+    assert names == [*(f"encoder.{i}" for i in range(5)), *(f"decoder.{i}" for i in range(4))]
+    data = Data({"x": np.random.default_rng(0).standard_normal((64, 32)).astype(np.float32)}, None, "data")
+    result = Gptq(bits=4).apply(model, Context(model, data, target.load("host"), torch.Generator()))
+    assert [b.name for b in blocks.split(result.graph)] == names
+    assert result.parameters() == model.parameters()  # codes, several to a byte, are as many weights
+
+
+def test_a_record_of_other_layers_is_refused(tmp_path):
+    log = journal.Journal(tmp_path / "partial", identity={})
+    made = lambda: journal.Record({"a": torch.ones(2)}, 1)  # noqa: E731 - a record
+    log.once("layers.0", ["q"], made, torch.Generator())
+    with pytest.raises(PlanishError, match=r"layers.0.safetensors' was made of 'q', not of 'k'; remove the folder"):
+        log.once("layers.0", ["k"], made, torch.Generator())
+
+
+def test_padding_is_not_calibrated_on():
+    class Masked(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
+
+        def forward(self, x, attention_mask):
+            return self.second(torch.relu(self.first(x))) * attention_mask[..., None]
+
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    model = trace(Masked(), {"x": torch.zeros(2, 3, 8), "attention_mask": mask}, "masked")
+    seen = []
+    x = torch.where(mask[..., None] > 0, 1.0, 1e6).expand(2, 3, 8).contiguous()
+    visit = lambda block, members, moments: seen.extend(moments.values())  # noqa: E731 - collects
+    blocks.calibrate(model, [(x, mask)], lambda name: name == "first", visit, journal.Journal())
+    (found,) = seen
+    assert found.rows == 3 and float(found.peak.max()) == 1
