@@ -29,7 +29,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and no
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")]
 TargetName = Annotated[str, typer.Option("--target", "-t", help="Device; `planish targets` lists them.")]
+Arrays = Annotated[str | None, typer.Option("--data", "-d", help="Samples: .npz, .safetensors, a folder of them, or file.py:loader.")]  # fmt: skip
 Data = Annotated[str | None, typer.Option("--data", "-d", help="Samples: .npz, .safetensors, a folder of them, file.py:loader, or .txt for a language model.")]  # fmt: skip
+Length = Annotated[int | None, typer.Option("--length", min=2, help="Tokens of a window of a text file.")]
 Weights = Annotated[Path | None, typer.Option("--weights", "-w", help="Weights for a factory: .safetensors, .pt, .pth or .th.")]  # fmt: skip
 Inputs = Annotated[list[str] | None, typer.Option("--input", "-i", help="Input of a factory's model: name=1,3,32,32 (needed without --data).")]  # fmt: skip
 RuntimeName = Annotated[str | None, typer.Option("--runtime", help="Runtime to use instead of the target's own.")]
@@ -50,6 +52,7 @@ def compress(
     weights: Weights = None,
     recipe: Annotated[str | None, typer.Option("--recipe", "-r", help="YAML file or bundled recipe.")] = None,
     input: Inputs = None,
+    length: Length = None,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     force: Force = False,
     dry_run: Annotated[
@@ -70,6 +73,7 @@ def compress(
         recipe=recipe,
         output=output,
         inputs=_inputs(input),
+        length=length,
         seed=seed,
         force=force,
         dry_run=dry_run,
@@ -88,7 +92,12 @@ def compress(
     if "quality" in report:
         q = report["quality"]
         closer = f"  (KL {q['kl']:.4f}, {q['agreement']:.1%} same next token)" if "kl" in q else ""
-        table.add_row(f"{q['metric']} (n={q['n']})", f"{q['original']:.4f}", f"{q['compressed']:.4f}{closer}")
+        window = f", windows of {q['window']}" if "window" in q else ""
+        table.add_row(
+            f"{q['metric']} (n={q['n']}{window}, on the {q['on']})",
+            f"{q['original']:.4f}",
+            f"{q['compressed']:.4f}{closer}",
+        )
     _print(table)
     _print(f"written to {output} in {report['seconds']:.1f} s")
 
@@ -99,7 +108,7 @@ def export(
     output: Output,
     target: TargetName = "host",
     format: Annotated[str | None, typer.Option("--format", "-f", help="onnx, tvm, c or pt2.")] = None,
-    data: Data = None,
+    data: Arrays = None,
     weights: Weights = None,
     input: Inputs = None,
     force: Force = False,
@@ -170,7 +179,9 @@ def profile(
 @app.command()
 def run(
     artifact: ArtifactPath,
-    input: Annotated[str, typer.Option("--input", "-i", help="Samples, as for --data.")],
+    input: Annotated[
+        str, typer.Option("--input", "-i", help="Samples: .npz, .safetensors, a folder of them, or file.py:loader.")
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Outputs by name, .npz.")],
     runtime: RuntimeName = None,
     threads: Threads = 1,
@@ -202,7 +213,7 @@ def evaluate(
     data: Data = None,
     weights: Weights = None,
     input: Inputs = None,
-    length: Annotated[int | None, typer.Option(min=2, help="Tokens of a window of a text file.")] = None,
+    length: Length = None,
     runtime: RuntimeName = None,
     threads: Threads = 1,
     as_json: Json = False,
@@ -254,13 +265,14 @@ def inspect(
     data: Data = None,
     weights: Weights = None,
     input: Inputs = None,
+    length: Length = None,
     samples: Annotated[int, typer.Option(min=1, help="Samples of the data to look at.")] = 16,
     as_json: Json = False,
 ) -> None:
     """Size and work of every layer; with data also the outliers that it reads and how few bits it bears."""
     from . import pipeline
 
-    report = pipeline.inspect(model, data=data, weights=weights, inputs=_inputs(input), samples=samples)
+    report = pipeline.inspect(model, data=data, weights=weights, inputs=_inputs(input), length=length, samples=samples)
     if as_json:
         return _json(report)
     rows, bits = report["layers"], ("8", "4", "3", "2")
@@ -408,7 +420,7 @@ def _quality(report: dict[str, Any]) -> str:
     shown = f"{report['value']:.2%}" if report["metric"] == "accuracy" else f"{report['value']:.6f}"
     if "kl" in report:
         shown += f", KL {report['kl']:.6f}, {report['agreement']:.2%} same next token"
-    what = "tokens" if report["metric"] == "perplexity" else "samples"
+    what = f"tokens in windows of {report['window']}" if report["metric"] == "perplexity" else "samples"
     return f"{report['metric']} {shown} on {report['n']} {what}"
 
 

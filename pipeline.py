@@ -135,6 +135,8 @@ def compress(
         if accuracy is not None and test is not None and test.labels is not None:
             accuracy["compressed"] = top1(predict(result, test.inputs), test.labels)
         quality = None if samples is None or accuracy else _quality(original, result, samples)
+        if quality is not None:
+            quality["on"] = "calibration data" if samples is prepared.data else "test data"
         built = compressed_model.build(
             result,
             original,
@@ -418,7 +420,8 @@ def _score(found: _Opened, data: Data) -> dict[str, Any] | None:
         return {"metric": "accuracy", "value": top1(found.run(data.inputs), data.labels), "n": data.n}
     if found.language is not None:
         score = evaluation.perplexity(found.language, data.inputs["input_ids"])
-        return {"metric": "perplexity", "value": score.value, "n": score.n}
+        window = data.inputs["input_ids"].shape[1]
+        return {"metric": "perplexity", "value": score.value, "n": score.n, "window": window}
     return None
 
 
@@ -492,7 +495,7 @@ def _quality(original: Model, result: Model, samples: Data) -> dict[str, Any]:
     both = evaluation.language(original), evaluation.language(result)
     before, after, close = evaluation.compare(*both, _windows(samples))
     figures = {"original": before.value, "compressed": after.value, "kl": close.kl, "agreement": close.agreement}
-    return {"metric": "perplexity", **figures, "n": before.n}
+    return {"metric": "perplexity", **figures, "n": before.n, "window": samples.inputs["input_ids"].shape[1]}
 
 
 def _windows(samples: Data) -> np.ndarray:

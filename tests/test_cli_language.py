@@ -121,6 +121,21 @@ def test_the_compress_report_has_perplexity(compressed, capsys):
     assert json.loads(Path("artifact/manifest.json").read_text())["quality"] == quality
 
 
+def test_a_short_text_serves_with_a_smaller_length(compressed, capsys, tmp_path):
+    """What the message about a text shorter than a window advises."""
+    short = ("--data", "short.txt", "--length", "3")
+    assert said(capsys, "compress", "llama", *short, "-r", "low.yaml", "-o", tmp_path / "out")["quality"]["n"] == 2
+    report = said(capsys, "inspect", "llama", *short)
+    assert report["samples"] == 1 and report["quality"]["n"] == 2
+
+
+@pytest.mark.parametrize("verb, takes", [("compress", True), ("inspect", True), ("export", False), ("run", False)])
+def test_only_verbs_that_read_text_say_so(capsys, verb, takes):
+    assert planish(verb, "--help") == 0
+    shown = capsys.readouterr().out
+    assert (".txt" in shown) == ("--length" in shown) == takes
+
+
 @pytest.mark.parametrize("model, runtime", [("llama", "pt2"), ("small", "pt2"), ("artifact", "ort")])
 def test_generation_goes_on_with_the_sentence(compressed, capsys, model, runtime):
     report = said(capsys, "generate", model, "--prompt", "the cat sat", "--tokens", "6")
