@@ -95,6 +95,8 @@ ROWS = 512
 """of each tensor, that outlier-victim pairs are compared on"""
 GAIN = 7
 """dB that outlier-victim pairs must be better by where at most 1 % of the elements are outliers"""
+CLOSED = 0.8
+"""share of the gap of log perplexity that SVDQuant must close"""
 
 
 def story():
@@ -251,6 +253,11 @@ def pairs(name, plain, data, channels, say):
     return report
 
 
+def share_closed(exact, ruined, found):
+    """Share of the gap of log perplexity between float and rounding to nearest that a method closes, from the three perplexities."""
+    return float(np.log(ruined / found) / np.log(ruined / exact))
+
+
 def verdicts(rows, gains):
     """[(statement, whether it holds, figure)]: what must hold with outliers put in."""
     found = {(r["model"], r["weights"], r["method"]): r for r in rows if "perplexity" in r}
@@ -275,9 +282,8 @@ def verdicts(rows, gains):
             lost = own["static hadamard"]["lost"]
             made.append((f"{where}: static hadamard not within 1 %", lost > 0.01, f"{lost:+.2%}"))
         if {"rtn W4A4", "svdquant W4A4"} <= set(own):
-            exact, nearest, svd = (np.log(own[m]["perplexity"]) for m in ("float", "rtn W4A4", "svdquant W4A4"))
-            closed = float((nearest - svd) / (nearest - exact))
-            made.append((f"{where}: svdquant W4A4 closes 80 % of the gap of log perplexity", closed >= 0.8, f"{closed:.1%}"))  # fmt: skip
+            closed = share_closed(*(own[m]["perplexity"] for m in ("float", "rtn W4A4", "svdquant W4A4")))
+            made.append((f"{where}: svdquant W4A4 closes {CLOSED:.0%} of the gap of log perplexity", closed >= CLOSED, f"{closed:.1%}"))  # fmt: skip
     for g in gains:
         if g["channels"] <= 0.01 * g["of"]:
             share = f"{g['channels'] / g['of']:.1%} outliers"
