@@ -60,11 +60,14 @@ def pack(codes: torch.Tensor, bits: int, group: int) -> torch.Tensor:
         split = torch.nn.functional.pad(split, (0, -group % 8))
     words = split.contiguous().view(torch.int64)  # (out, groups, eights), a code in each byte
     for count in (1, 2, 4):
-        words = (words | words >> count * (8 - bits)).bitwise_and_(_mask(bits, 2 * count))
-    packed = words[..., None].view(torch.uint8)[
-        ..., :bits
-    ]  # (out, groups, eights, bits): eight codes fill `bits` bytes
-    return packed.flatten(-2)[..., : group_bytes(group, bits)].contiguous()
+        words = words | words >> count * (8 - bits)
+        if 2 * count * bits == 8:  # so many codes fill a byte: the lowest of a word that has a byte for each of them
+            packed = words.view({2: torch.int16, 4: torch.int32}[2 * count]).to(torch.uint8)  # (out, groups, bytes)
+            break
+        words.bitwise_and_(_mask(bits, 2 * count))
+    else:
+        packed = words[..., None].view(torch.uint8)[..., :bits].flatten(-2)  # eight codes fill `bits` bytes
+    return packed[..., : group_bytes(group, bits)].contiguous()
 
 
 def unpack(packed: torch.Tensor, bits: int, group: int) -> torch.Tensor:

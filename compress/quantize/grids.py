@@ -32,9 +32,15 @@ class Grid:
 
     def encode(self, weight: torch.Tensor) -> torch.Tensor:
         """Codes (out, in) uint8 of a weight (out, in), rounded half to even."""
-        codes = (self._split(weight) / self.scale[..., None]).add_(self.zero[..., None]).round_()
-        codes = codes.clamp_(0, 2**self.bits - 1).to(torch.int16)  # by way of 16 bits it takes a third of the time
-        return codes.to(torch.uint8).reshape(weight.shape)
+        return self._stored(self._real(weight).round_()).reshape(weight.shape)
+
+    def rounded(self, weight: torch.Tensor) -> tuple[torch.Tensor, float]:
+        """`encode`, and the sum of squares of what the codes miss the weight by."""
+        real = self._real(weight)
+        codes = real.round()
+        stored = self._stored(codes)
+        off = torch.linalg.vector_norm(real.sub_(codes), dim=2)  # (out, groups) in steps
+        return stored.reshape(weight.shape), float(off.mul_(self.scale).square_().sum())
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
         """The weight (out, in) float32 that codes (out, in) stand for."""
@@ -48,6 +54,15 @@ class Grid:
     def rows(self, part: slice) -> Grid:
         """The grid of some rows."""
         return Grid(self.bits, self.scale[part], self.zero[part])
+
+    def _real(self, weight: torch.Tensor) -> torch.Tensor:
+        """(out, groups, group) places of weights (out, in) on the grid, in steps."""
+        return (self._split(weight) / self.scale[..., None]).add_(self.zero[..., None])
+
+    def _stored(self, whole: torch.Tensor) -> torch.Tensor:
+        """uint8 codes of whole numbers, which are clamped in place."""
+        codes = whole.clamp_(0, 2**self.bits - 1).to(torch.int16)  # by way of 16 bits it takes a third of the time
+        return codes.to(torch.uint8)
 
     def _split(self, weight: torch.Tensor) -> torch.Tensor:
         return weight.reshape(len(weight), self.scale.shape[1], -1)  # (out, groups, group)
@@ -87,7 +102,7 @@ def fit(
     weights = None if importance is None else importance.float().reshape(-1, group).clamp_min(0)  # (groups, group)
     scale, zero = torch.empty(len(rows)), torch.empty(len(rows))
     groups = inputs // group
-    step = max(1, CHUNK // inputs) * groups  # whole rows of the weight
+    step = max(1, CHUNK // inputs) * groups if clip else len(rows)  # whole rows of the weight
     for start in range(0, len(rows), step):
         x = rows[start : start + step]
         h = None if weights is None else weights.repeat(len(x) // groups, 1)

@@ -78,9 +78,13 @@ class IntegerLinears(Linears):
         packed, lost = torch.empty(out, groups, group_bytes(group, self.bits), dtype=torch.uint8), 0.0
         for part in parts(item.weight):
             weight, local = item.weight[part], grid.rows(part)
-            chosen = local.encode(weight) if codes is None else codes[part]
+            if codes is None:
+                chosen, missed = local.rounded(weight)
+            else:
+                chosen = codes[part]
+                missed = float(local.decode(chosen).sub_(weight).square_().sum())
             packed[part] = pack(chosen, self.bits, group)
-            lost += float(local.decode(chosen).sub_(weight).square_().sum())
+            lost += missed
         tensors = {"codes": packed, "scale": grid.scale.contiguous()}
         attributes = {"bits": self.bits, "group": group}
         format = f"int{self.bits}, {'per row' if grid.scale.shape[1] == 1 else f'groups of {group}'}"
