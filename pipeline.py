@@ -49,6 +49,8 @@ SCORED = 16384
 """tokens of the test data that the report of `compress` takes for perplexity, at most"""
 GOLDEN_LENGTH = 64
 """tokens of such a sample, where the model takes any number"""
+LARGEST = 2**31 - 2**20
+"""bytes of tensors that an ONNX file can hold: protobuf ends at 2 GiB"""
 FAR = 0.1
 """difference of an artifact to its compressed program, as a share of the largest output, that is worth a warning"""
 HELD_OUT = 0.1
@@ -586,6 +588,11 @@ def _graphs(model: Model, golden: Mapping[str, np.ndarray], name: str, program: 
     """The model as ONNX, with its fused ops lowered and, where it has any, as they are."""
     graph = to_onnx(model, lower=False)
     made = lowered(graph)
+    size = sum(len(i.raw_data) for i in made.graph.initializer)
+    if size > LARGEST:
+        raise PlanishError(
+            f"'{model.source}' takes {size:,} bytes as ONNX; a file of which holds at most 2 GiB; compress it to fewer bits first"
+        )
     return Source(made, golden, name, program, graph if made is not graph else None)
 
 

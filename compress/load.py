@@ -115,7 +115,7 @@ def _ordered(module: torch.nn.Module, declared: dict[str, Input], spec: str) -> 
     names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     if not declared:
         raise PlanishError(
-            f"the input shapes of '{spec}' are not known: give --data, or --input {names[0] if names else 'x'}=1,3,32,32 (forward takes {listed(names, 6)})"
+            f"the input shapes of '{spec}' are not known: give --data with samples (a text file tells none), or --input {names[0] if names else 'x'}=1,3,32,32 (forward takes {listed(names, 6)})"
         )
     required = [p.name for p in parameters if p.name in names and p.default is p.empty]
     unknown = [n for n in declared if n not in names]
