@@ -19,7 +19,7 @@ from ..blocks import Block, Linear, calibrate
 from ..foldings import Folding
 from ..journal import Record
 from ..model import Entry, Model
-from ..moments import Moments
+from ..moments import SAMPLE, Moments
 from ..passes import Context, Foreseen
 from .linears import Chosen, check_weight, foreseen
 
@@ -28,6 +28,8 @@ class Scaling(Chosen):
     """A method that scales the input channels of linear layers."""
 
     needs_data: ClassVar[bool] = True
+    keep: ClassVar[int] = SAMPLE
+    """rows of the layers' input that `factors` is given"""
 
     def foresee(self, model: Model, taken: frozenset[str]) -> Foreseen:
         """No layer is replaced; 16-bit weights that no later pass quantizes become float32."""
@@ -63,7 +65,15 @@ class Scaling(Chosen):
                 light = [Linear(m.name, m.node, m.source, torch.empty(0), None) for m in group]
                 found.append((light, folding, record.tensors[str(index)], record.facts[index]))
 
-        calibrate(model, self.batches(context, model), wanted, visit, journal, what=f"quantize.{self._method()}")
+        calibrate(
+            model,
+            self.batches(context, model),
+            wanted,
+            visit,
+            journal,
+            keep=self.keep,
+            what=f"quantize.{self._method()}",
+        )
         entries: list[Entry] = []
         for group, folding, factors, choice in found:
             where = folding.where

@@ -6,6 +6,7 @@ s_j = max |x_j|^alpha / max |W_j|^(1 - alpha)        equation 4; x_j an input ch
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import pydantic
 import torch
@@ -18,6 +19,8 @@ from .scaling import Scaling
 
 class SmoothQuant(Scaling):
     """Input channels divided by what their activations are larger than their weights; a quantizing pass has to follow."""
+
+    keep: ClassVar[int] = 0
 
     alpha: float = pydantic.Field(default=0.5, ge=0, le=1)
     """how much of the difference moves: 0 makes the weights' channels equal, 1 the activations'"""
