@@ -107,7 +107,7 @@ def export(
     model: ModelName,
     output: Output,
     target: TargetName = "host",
-    format: Annotated[str | None, typer.Option("--format", "-f", help="onnx, tvm, c or pt2.")] = None,
+    format: Annotated[str | None, typer.Option("--format", "-f", help="onnx, onnx_standard, tvm, c or pt2.")] = None,
     data: Arrays = None,
     weights: Weights = None,
     input: Inputs = None,

@@ -28,6 +28,9 @@ def create(model: Path | bytes, threads: int, **settings: Any) -> Any:
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 4
+    options.add_session_config_entry(
+        "session.qdq_matmulnbits_accuracy_level", "0"
+    )  # exact; nodes that say a level keep it
     for name, value in settings.items():
         setattr(options, name, value)
     try:
