@@ -30,6 +30,7 @@ from ..journal import Record
 from ..model import Entry, Input, Model
 from ..passes import Context, Pass, matches
 from . import knapsack, sensitivity
+from .embeddings import tables
 from .linears import HEAD, Linears, Replacement, check_patterns, replace, tied_heads
 from .sensitivity import Candidate
 
@@ -82,7 +83,10 @@ class Auto(Pass):
         """The quantized model. Raises PlanishError for an unknown choice, a glob without layers, and a budget that cannot be kept."""
         assert context.data is not None  # the pipeline has checked needs_data
         offered = _Offers(self, tied_heads(model))
-        check_patterns(model, "auto", (*self.layers, *(p for p in self.pins if p not in HEAD)))
+        pins = [
+            p for p, choice in self.pins.items() if p not in HEAD and not (choice == FLOAT and _embedding(model, p))
+        ]
+        check_patterns(model, "auto", (*self.layers, *pins))
         items = _linears(model, self.layers)
         methods = {n: offered.for_layer(n) for n in items}
         free = {n: m for n, m in methods.items() if set(m) != {FLOAT}}
@@ -208,6 +212,11 @@ class _Option:
     cost: int
     """bytes or nanoseconds"""
     error: float
+
+
+def _embedding(model: Model, pattern: str) -> bool:
+    """Whether a pin names an embedding, which this pass leaves in float anyway."""
+    return any(matches(t.name, [pattern]) for t in tables(model))
 
 
 class _Offers:

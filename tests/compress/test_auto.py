@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 from planish.common.errors import PlanishError
-from planish.compress import recipe
+from planish.compress import layers, recipe
+from planish.compress.data import Data
 from planish.compress.evaluation import closeness, language
+from planish.compress.model import trace
 from planish.compress.passes import Context
 from planish.compress.quantize import auto, sensitivity
 from planish.compress.quantize.auto import Auto
@@ -192,3 +194,14 @@ def test_recipes_say_which_budget():
     given = text.format('bits: 4.5, choices: [8, {quantize.rtn: {bits: 4, group: 32}}], pins: {"lm_*": 8}')
     ((_, step),) = recipe.parse(given, "x.yaml").passes
     assert auto.label(step.choices[1]) == "rtn bits=4 group=32"
+
+
+def test_an_embedding_can_be_pinned_to_float():
+    module = torch.nn.Sequential(torch.nn.Embedding(20, 32), torch.nn.Linear(32, 8))
+    model = trace(module, {"tokens": torch.zeros(1, 4, dtype=torch.int64)}, "net")
+    data = Data({"tokens": np.random.default_rng(0).integers(0, 20, (16, 4))}, None, "data")
+    context = Context(model, data, target.load("host"), torch.Generator())
+    found = Auto(bits=4.5, pins={"0": "float"}).apply(model, context)
+    assert layers.tensor(found.graph, "0.weight").dtype == torch.float32
+    with pytest.raises(PlanishError, match=r"'2' matches no linear layer"):
+        Auto(bits=4.5, pins={"2": "float"}).apply(model, context)
