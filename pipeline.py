@@ -492,7 +492,10 @@ def _prepare(
 def _quality(original: Model, result: Model, samples: Data) -> dict[str, Any]:
     """What the report says beside accuracy: perplexity of a causal model and how close its next tokens are; the cosine of another."""
     if not evaluation.is_causal(original):
-        value = cosine(predict(result, samples.inputs), predict(original, samples.inputs))
+        batch = (
+            evaluation.BATCH if any(i.dims for i in original.inputs) else 256
+        )  # texts, of any length, take much memory
+        value = cosine(*(predict(m, samples.inputs, batch) for m in (result, original)))
         return {"metric": "cosine", "original": 1.0, "compressed": value, "n": samples.n}
     both = evaluation.language(original), evaluation.language(result)
     before, after, close = evaluation.compare(*both, _windows(samples))

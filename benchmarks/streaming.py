@@ -99,7 +99,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, nargs="+", default=[4, 8, 16, 32])
     parser.add_argument("--width", type=int, default=1024)
-    parser.add_argument("--recipe", default="w4a16-rtn")
+    parser.add_argument("--recipe", default="w4a16-rtn", help="one whose passes foresee what they store")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     say = sys.stderr if arguments.json else sys.stdout

@@ -1,7 +1,7 @@
 """What a recipe will take and give, from shapes alone, before any work: bytes, peak memory, and layers that do not fit.
 
 Bytes are exact for methods that say what they store (`Pass.foresee`), except for what only data decides (outlier columns), which counts as
-none. Peak memory is an estimate: what the process holds now, what torch.export takes, and for the largest block
+none. Peak memory is an estimate: what the process has held so far, what torch.export takes, and for the largest block
 
     its weights in float32, the replaced ones, the method's temporaries, the tensors between its ops that one batch needs at a time,
     and what later blocks read for all calibration samples
@@ -50,7 +50,7 @@ class Forecast:
 
 
 def forecast(model: Model, passes: Sequence[tuple[str, Pass]], data: Data | None, held: int) -> Forecast:
-    """The forecast of passes by name; `held` is the memory that the process holds now, in bytes.
+    """The forecast of passes by name; `held` is the most memory that the process has held so far, in bytes.
 
     Raises PlanishError for what the passes refuse as a whole (a glob that matches no layer).
     """

@@ -20,7 +20,7 @@ from torch.fx import GraphModule, Node
 
 from ...common.errors import PlanishError, listed
 from .. import layers
-from ..blocks import Block, Linear, calibrate, linear, split
+from ..blocks import Block, Linear, calibrate, split
 from ..journal import Record
 from ..model import Entry, Model
 from ..moments import SAMPLE, Moments
@@ -147,8 +147,7 @@ class Linears(Chosen):
         for node in model.graph.graph.nodes:
             name = layers.layer(node) if node.target is torch.ops.aten.linear.default else ""
             if name and matches(name, self.layers) and not wanted(name):
-                item = linear(model.graph, node)
-                size = 0 if item is None else item.weight.numel() * 4
+                size = layers.stored(model.graph, node.args[1]).numel() * 4 if layers.is_parameter(node.args[1]) else 0
                 reason = (
                     "skipped" if matches(name, self.skip) else "skipped: an output projection tied to the embedding"
                 )
