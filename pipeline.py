@@ -17,7 +17,7 @@ import safetensors.numpy
 import torch
 
 from . import __version__, language
-from .common import files, plugins
+from .common import files, memory, plugins
 from .common.errors import PlanishError, listed
 from .common.progress import say
 from .compress import compressed as compressed_model
@@ -110,6 +110,8 @@ def compress(
     if dry_run:
         found = forecasts.forecast(original, plan.passes, prepared.data, measure.peak_memory())
         return {"model": model, "target": target, "recipe": plan.name, **dataclasses.asdict(found)}
+    if original.mapped:  # its weights stay in their files: what a block takes must not stay either
+        memory.return_freed()
     program_file.check(original.program(), model)  # a model that cannot be stored is refused now, not after the work
     test = prepared.test if prepared.test is not None and prepared.test.labels is not None else None
     accuracy: dict[str, Any] | None = None

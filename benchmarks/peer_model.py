@@ -13,6 +13,7 @@ import numpy as np
 import planish
 import torch
 from peer_layers import Peak
+from planish.common import memory
 from planish.compress import evaluation, load
 from planish.compress.data import Data, check
 
@@ -24,6 +25,7 @@ def main():
     data = check(Data({"input_ids": np.load(calibration)}, None, "calibration"), model.inputs)
     for parameter in model.graph.parameters():
         parameter.sum()  # weights are mapped from their file; the other tool's are in memory when its measurement starts
+    memory.return_freed()  # as `planish compress` does for mapped weights
     peak = Peak()
     compressed, seconds = low_bit.quantize(model, json.loads(passes), data)
     rose = peak.rose()

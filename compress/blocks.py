@@ -28,6 +28,7 @@ MASK = "attention_mask"
 """input (n, length) whose zeros are padding"""
 Batch = tuple[torch.Tensor, ...]
 Values = dict[Node, Any]
+Show = Callable[[Node, torch.Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,10 @@ def _mask(given: torch.Tensor) -> torch.Tensor | None:
     return None if given.ndim != 2 or bool(given.bool().all()) else given.bool()
 
 
+def _without_padding(show: Show, mask: torch.Tensor | None) -> Show:
+    return show if mask is None else lambda node, value: show(node, _allowed(value, mask))
+
+
 def _allowed(value: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """(tokens, ...) of a value (n, length, ...) or (n * length, ...); another value as it is."""
     if value.ndim > 2 and value.shape[:2] == mask.shape:
@@ -138,20 +143,20 @@ class Run:
         place = next((i for i, n in enumerate(inputs) if n.target == MASK), None)
         self.masks = [None if place is None else _mask(state[inputs[place]]) for state in self.states]
 
-    def see(self, block: Block, show: Callable[[Node, torch.Tensor], None]) -> None:
+    def see(self, block: Block, show: Show) -> None:
         """Run a block on all batches and call `show(node, value)` for every tensor that is read or made; the place stays.
 
         Of a tensor whose first dimensions are those of the model's attention_mask, only the tokens that it allows are shown.
         """
         for state, mask in zip(self.states, self.masks, strict=True):
-            seen = show if mask is None else lambda n, v, mask=mask: show(n, _allowed(v, mask))
-            self._execute(block.nodes, dict(state), seen, set())
+            self._execute(block.nodes, dict(state), _without_padding(show, mask), set())
 
-    def advance(self, block: Block) -> None:
-        """Run a block on all batches, as it is now, and go behind it."""
+    def advance(self, block: Block, show: Show | None = None) -> None:
+        """Run a block on all batches, as it is now, and go behind it; `show` as in `see`."""
         ahead = self._needed_behind(block)
-        for index, state in enumerate(self.states):
-            values = self._execute(block.nodes, dict(state), None, ahead)
+        for index, (state, mask) in enumerate(zip(self.states, self.masks, strict=True)):
+            seen = None if show is None else _without_padding(show, mask)
+            values = self._execute(block.nodes, dict(state), seen, ahead)
             self.states[index] = {n: v for n, v in values.items() if n in ahead}
 
     def _needed_behind(self, block: Block) -> set[Node]:
@@ -164,9 +169,7 @@ class Run:
                 needed.update(node.all_input_nodes[:1] if node.op == "output" else node.all_input_nodes)
         return needed
 
-    def _execute(
-        self, nodes: Sequence[Node], values: Values, show: Callable[[Node, torch.Tensor], None] | None, kept: set[Node]
-    ) -> Values:
+    def _execute(self, nodes: Sequence[Node], values: Values, show: Show | None, kept: set[Node]) -> Values:
         """Run nodes on `values`, which is changed: what no later one of them reads goes, unless it is `kept`."""
         last = {item: node for node in nodes for item in (node, *node.all_input_nodes)}
 
@@ -201,13 +204,15 @@ def calibrate(
     *,
     products: bool = False,
     keep: int = SAMPLE,
+    edits: bool = True,
     what: str = "calibrating",
 ) -> None:
     """Go through the blocks in order: collect `Moments` of what each wanted linear reads, let `visit` edit the block, run it again.
 
     Later blocks see what the edited earlier ones give them. `visit(block, groups, moments by source node)` changes
     the graph of `model` in place. Without batches (an empty iterable) the moments are empty and nothing is run; so they are for a
-    block that the journal knows, whose result `visit` takes from there. Behind the last block that it does not know nothing is
+    block that the journal knows, whose result `visit` takes from there. With `edits` false `visit` leaves the graph alone, and a block
+    runs once instead of twice. Behind the last block that it does not know nothing is
     run either.
     """
     module = model.graph
@@ -226,10 +231,13 @@ def calibrate(
                     found = moments.setdefault(node, Moments(value.shape[-1], products, keep))
                     found.add(value, readers[node].name)
 
-            run.see(block, show)
+            if edits:
+                run.see(block, show)
+            else:
+                run.advance(block, show)
         if members:
             visit(block, members, moments)
         members.clear()
-        if run.states and any(left[index + 1 :]):
+        if run.states and any(left[index + 1 :]) and (edits or not left[index]):
             run.advance(split(module)[index])
         journal.release()

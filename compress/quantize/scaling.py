@@ -72,6 +72,7 @@ class Scaling(Chosen):
             visit,
             journal,
             keep=self.keep,
+            edits=False,
             what=f"quantize.{self._method()}",
         )
         entries: list[Entry] = []
