@@ -29,6 +29,7 @@ from ..common.errors import PlanishError, listed, missing_extra
 from . import layers, mamba, text
 from .mapped import Mapped, safetensors_file
 from .model import Input, Model, Text, trace
+from .weights import misfits
 
 DECODERS = ("gemma", "gpt2", "gpt_neox", "llama", "mistral", "opt", "phi", "phi3", "qwen2", "qwen3")
 STATE_SPACE = ("mamba",)
@@ -194,14 +195,7 @@ def _matched(module: Any, tensors: Mapping[str, torch.Tensor], folder: Path) -> 
     other = [
         f"{n} is {t.dtype}".replace("torch.", "") for n, t in found.items() if n in own and not t.is_floating_point()
     ]
-    faults = []
-    if lacking:
-        faults.append(f"{len(lacking)} missing: {listed(lacking)}")
-    if unexpected:
-        faults.append(f"{len(unexpected)} unexpected: {listed(unexpected)}")
-    if shapes:
-        shown = [f"{n} {a} in the file, {b} in the model" for n, (a, b) in shapes.items()]
-        faults.append(f"{len(shapes)} of another shape: {listed(shown)}")
+    faults = misfits(lacking, unexpected, shapes)
     if other:
         faults.append(f"{len(other)} of no float type: {listed(other)}")
     if faults:

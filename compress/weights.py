@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import safetensors
@@ -85,14 +85,10 @@ def _unwrap(found: object, path: Path) -> dict[str, torch.Tensor]:
     return dict(found)
 
 
-def fill(module: torch.nn.Module, tensors: Mapping[str, torch.Tensor], path: Path) -> None:
-    """Load tensors into a module, in place. Raises PlanishError unless names and shapes agree (first three, counts)."""
-    own = module.state_dict()
-    missing = [n for n in own if n not in tensors and not n.endswith("num_batches_tracked")]
-    unexpected = [n for n in tensors if n not in own]
-    shapes = {
-        n: (tuple(t.shape), tuple(own[n].shape)) for n, t in tensors.items() if n in own and t.shape != own[n].shape
-    }
+def misfits(
+    missing: Sequence[str], unexpected: Sequence[str], shapes: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
+) -> list[str]:
+    """How tensors of a file do not fit a model, a text for each kind; `shapes` are (in the file, in the model) by name."""
     faults = []
     if missing:
         faults.append(f"{len(missing)} missing: {listed(missing)}")
@@ -101,6 +97,18 @@ def fill(module: torch.nn.Module, tensors: Mapping[str, torch.Tensor], path: Pat
     if shapes:
         shown = [f"{n} {a} in the file, {b} in the model" for n, (a, b) in shapes.items()]
         faults.append(f"{len(shapes)} of another shape: {listed(shown)}")
+    return faults
+
+
+def fill(module: torch.nn.Module, tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Load tensors into a module, in place. Raises PlanishError unless names and shapes agree (first three, counts)."""
+    own = module.state_dict()
+    missing = [n for n in own if n not in tensors and not n.endswith("num_batches_tracked")]
+    unexpected = [n for n in tensors if n not in own]
+    shapes = {
+        n: (tuple(t.shape), tuple(own[n].shape)) for n, t in tensors.items() if n in own and t.shape != own[n].shape
+    }
+    faults = misfits(missing, unexpected, shapes)
     if faults:
         raise PlanishError(f"weights '{path}' do not fit the model ({len(own)} tensors): {'; '.join(faults)}")
     for name, tensor in tensors.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -179,3 +180,13 @@ def decoder(make_decoder) -> Model:
 def tokens() -> Data:
     """64 rows of 32 tokens that the decoder was not trained on: {'input_ids': (64, 32)}; caches start empty."""
     return Data({"input_ids": sequences(64, 7)}, None, "tokens")
+
+
+@pytest.fixture(scope="session")
+def inject():
+    """Puts outliers into a model without changing what it computes, as the benchmarks do."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "benchmarks"))
+        import outliers
+
+        return outliers.inject

@@ -1,8 +1,6 @@
 """LLM.int8() on a trained decoder with outliers put in: perplexity, frozen columns, the counter in every runtime, and errors."""
 
-import importlib.util
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import onnxruntime
@@ -19,14 +17,6 @@ from planish.export.lowering import to_onnx
 from planish.targets import target
 from torch import nn
 
-SPEC = importlib.util.spec_from_file_location(
-    "outliers", Path(__file__).resolve().parents[2] / "benchmarks/outliers.py"
-)
-assert SPEC is not None
-assert SPEC.loader is not None
-OUTLIERS = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(OUTLIERS)
-
 
 def apply(method, model, data):
     return method.apply(model, Context(model, data, target.load("host"), torch.Generator().manual_seed(0)))
@@ -37,9 +27,9 @@ def perplexity(model, data):
 
 
 @pytest.fixture(scope="module")
-def injected(decoder):
+def injected(inject, decoder):
     """The decoder with four outlier channels behind each norm of a block, and those channels by gain."""
-    return OUTLIERS.inject(decoder)
+    return inject(decoder)
 
 
 @pytest.fixture(scope="module")

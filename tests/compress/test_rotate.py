@@ -1,9 +1,7 @@
 """Rotations: the same function in float64, outliers gone, fewer bits possible, and where a rotation offline does not fit."""
 
 import copy
-import importlib.util
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import onnxruntime
@@ -23,13 +21,6 @@ from planish.targets import target
 from torch import nn
 from torch.nn import functional as F
 
-SPEC = importlib.util.spec_from_file_location(
-    "outliers", Path(__file__).resolve().parents[2] / "benchmarks/outliers.py"
-)
-assert SPEC is not None
-assert SPEC.loader is not None
-OUTLIERS = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(OUTLIERS)
 EVERY = [
     Rotate(),
     Rotate(kind="klt-hadamard"),
@@ -65,8 +56,8 @@ def wide(decoder_module, decoder) -> Model:
 
 
 @pytest.fixture(scope="module")
-def injected(decoder):
-    return OUTLIERS.inject(decoder)[0]
+def injected(inject, decoder):
+    return inject(decoder)[0]
 
 
 @pytest.mark.parametrize("method", EVERY)

@@ -1,8 +1,6 @@
 """SVDQuant: the figures of its card on a synthetic layer, and a trained decoder with outliers put in at four bits."""
 
-import importlib.util
 import itertools
-from pathlib import Path
 
 import numpy as np
 import onnxruntime
@@ -19,13 +17,6 @@ from planish.kernels import linear_svd
 from planish.targets import target
 from torch import nn
 
-SPEC = importlib.util.spec_from_file_location(
-    "outliers", Path(__file__).resolve().parents[2] / "benchmarks/outliers.py"
-)
-assert SPEC is not None
-assert SPEC.loader is not None
-OUTLIERS = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(OUTLIERS)
 W4A4 = Format(4, 64, 4)
 
 
@@ -118,8 +109,8 @@ def test_the_smoothing_search_has_39_candidates_and_survives_dead_channels():
 
 
 @pytest.fixture(scope="module")
-def injected(decoder):
-    return OUTLIERS.inject(decoder)[0]
+def injected(inject, decoder):
+    return inject(decoder)[0]
 
 
 @pytest.fixture(scope="module")
