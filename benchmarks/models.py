@@ -89,10 +89,11 @@ def same_padding(size: int, kernel: int, stride: int) -> tuple[int, int]:
 
 
 class TinyGraph(nn.Module):
-    """A network of MLPerf Tiny rebuilt from its op list, batch norm folded as in the published file; without the softmax."""
+    """A network of MLPerf Tiny rebuilt from its op list, batch norm folded as in the published file; the softmax on request."""
 
-    def __init__(self, name: str, shape: tuple[int, int, int]) -> None:
+    def __init__(self, name: str, shape: tuple[int, int, int], softmax: bool = False) -> None:
         super().__init__()
+        self.softmax = softmax
         folder = data_folder() / "mlperf_tiny"
         graph = json.loads((folder / f"{name}_graph.json").read_text(encoding="utf-8"))
         weights = np.load(folder / f"{name}_float_weights.npz")
@@ -144,26 +145,33 @@ class TinyGraph(nn.Module):
                 pads = self.pads.get(index, (0, 0, 0, 0))
                 y = self.layers[str(index)](F.pad(first, pads) if any(pads) else first)
             values[op["outputs"][0]] = F.relu(y) if op.get("act") == "relu" else y
-        return values[self.ops[-1]["outputs"][0]]
+        y = values[self.ops[-1]["outputs"][0]]
+        return torch.softmax(y, 1) if self.softmax else y
 
 
-def resnet8() -> nn.Module:
+def resnet8(softmax: bool = False) -> nn.Module:
     """MLPerf Tiny image classification: (n, 3, 32, 32) pixels 0 to 255 to (n, 10)."""
-    return TinyGraph("ic_resnet8", (3, 32, 32)).eval()
+    return TinyGraph("ic_resnet8", (3, 32, 32), softmax).eval()
 
 
-def dscnn() -> nn.Module:
+def dscnn(softmax: bool = False) -> nn.Module:
     """MLPerf Tiny keyword spotting: (n, 1, 49, 10) features to (n, 12)."""
-    return TinyGraph("kws_dscnn", (1, 49, 10)).eval()
+    return TinyGraph("kws_dscnn", (1, 49, 10), softmax).eval()
 
 
-def mobilenet_v1_025() -> nn.Module:
+def mobilenet_v1_025(softmax: bool = False) -> nn.Module:
     """MLPerf Tiny visual wake words, MobileNetV1 at width 0.25: (n, 3, 96, 96) values 0 to 1 to (n, 2)."""
-    return TinyGraph("vww_mobilenet", (3, 96, 96)).eval()
+    return TinyGraph("vww_mobilenet", (3, 96, 96), softmax).eval()
+
+
+def autoencoder() -> nn.Module:
+    """MLPerf Tiny anomaly detection: (n, 640) log-mel features to (n, 640)."""
+    return TinyGraph("ad_autoencoder", (640, 1, 1)).eval()
 
 
 def images(name: str, count: int, split: str = "test") -> np.ndarray:
-    """`count` inputs (n, c, h, w) float32 for the network `name`: real ones, except CIFAR images enlarged for MobileNet.
+    """`count` inputs (n, c, h, w) float32 for the network `name`: real ones, except CIFAR images enlarged for MobileNet and
+    random spectra for the autoencoder.
 
     `split` is 'test' or 'train'; keyword spotting has test samples only.
     """
@@ -172,6 +180,12 @@ def images(name: str, count: int, split: str = "test") -> np.ndarray:
         x = (x.astype(np.float32) - 83) * np.float32(0.5847029089927673)
         x = np.resize(x, (count, *x.shape[1:]))  # repeats after 500
         return np.ascontiguousarray(x.transpose(0, 3, 1, 2))
+    if (
+        name == "autoencoder"
+    ):  # no licensed recordings here: levels in dB as a log-mel spectrogram has, five frames alike
+        generator = np.random.default_rng(0 if split == "test" else 1)
+        level = generator.normal(-20, 12, (count, 1, 128)) + generator.normal(0, 4, (count, 5, 128))
+        return level.reshape(count, 640).astype(np.float32)
     x = np.load(cifar(split))["x"][:count].transpose(0, 3, 1, 2).astype(np.float32)
     if name == "resnet8":
         return x

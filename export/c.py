@@ -22,6 +22,7 @@ from ..targets.target import Target
 from . import c_project, firmware, onnx, qdq
 from .c_project import Border, CArray, Project
 from .format import Format, Source, Written
+from .graph import Graph
 
 TEMPLATES = Path(__file__).parent / "c_templates"
 MODEL = "model.json"
@@ -37,17 +38,8 @@ class C(Format):
         """Write the project; link firmware.elf when the target is a microcontroller and ziglang is installed."""
         graph = qdq.read(source.onnx)
         answers = graph.reference(source.golden_inputs)
-        project = c_project.build(graph, source.name)
-        check_budget(project, target)
-        _write_sources(project, target, source.golden_inputs, folder)
-        facts = _facts(project)
         warnings: list[str] = []
-        flash: int | None = None
-        ram: int | None = None
-        if target.flash is not None:
-            flash, ram, sizes = _link(project, target, folder, warnings)
-            facts |= sizes
-        (folder / MODEL).write_text(files.to_json(facts), encoding="utf-8")
+        facts, flash, ram = write_project(graph, source.name, target, source.golden_inputs, folder, warnings)
         shapes = {v.name: onnx.describe(v)["shape"] for v in [*source.onnx.graph.input, *source.onnx.graph.output]}
         details = {k: v for k, v in facts.items() if k not in ("inputs", "outputs", "name")}
         inputs, outputs = (
@@ -60,9 +52,37 @@ class C(Format):
         return Written(inputs, outputs, flash, ram, details, tuple(warnings), answers=answers)
 
 
+def write_project(
+    graph: Graph,
+    name: str,
+    target: Target,
+    golden: Mapping[str, np.ndarray],
+    folder: Path,
+    warnings: list[str],
+) -> tuple[dict[str, Any], int | None, int | None]:
+    """Write a deployment graph as a C project into `folder`: the facts about it, and bytes of flash and RAM where the target
+    is a microcontroller. `golden` are inputs of the model, of which the first sample becomes the known-answer test.
+    """
+    project = c_project.build(graph, name, target.features)
+    check_budget(project, target)
+    _write_sources(project, target, golden, folder)
+    facts = _facts(project)
+    flash: int | None = None
+    ram: int | None = None
+    if target.flash is not None:
+        flash, ram, sizes = _link(project, target, folder, warnings)
+        facts |= sizes
+    (folder / MODEL).write_text(files.to_json(facts), encoding="utf-8")
+    return facts, flash, ram
+
+
 def sources_of(project: Project) -> list[str]:
     """C files of the model, relative to the project's folder."""
-    return [f"{project.name}.c", f"{project.name}_weights.c", *(f"kernels/{s}" for s in project.kernel_sources)]
+    return [
+        f"{project.name}.c",
+        f"{project.name}_weights.c",
+        *(f"kernels/{s}" for s in (*project.kernel_sources, *(i.file for i in project.instances))),
+    ]
 
 
 def check_budget(project: Project, target: Target) -> None:
@@ -124,7 +144,8 @@ def _facts(project: Project) -> dict[str, Any]:
         "inputs": [_border(b, project.name, "input") for b in project.inputs],
         "outputs": [_border(b, project.name, "output") for b in project.outputs],
         "layers": [
-            {"name": x.node.name, "op": x.node.op, "kernel": x.call.kernel, "macs": x.macs} for x in project.layers
+            {"name": x.node.name, "op": x.node.op, "kernel": x.function.removeprefix("planish_"), "macs": x.macs}
+            for x in project.layers
         ],
         "memory": {
             "arena": plan.arena,
@@ -197,13 +218,14 @@ def _write_sources(project: Project, target: Target, golden: Mapping[str, np.nda
             "firmware/startup.c": ("startup.c.jinja", {}),
             f"firmware/{target.name}.ld": ("target.ld.jinja", {}),
         }
+    outputs |= {f"kernels/{i.file}": ("instance.c.jinja", {"instance": i}) for i in project.instances}
     outputs |= {"Makefile": ("Makefile.jinja", flags), "CMakeLists.txt": ("CMakeLists.txt.jinja", flags)}
     for path, (template, extra) in outputs.items():
         (folder / path).parent.mkdir(exist_ok=True)
         text = environment.get_template(template).render(**common, **extra)
         (folder / path).write_text(text, encoding="utf-8", newline="\n")
-    (folder / "kernels").mkdir()
-    for file in ["planish.h", *project.kernel_sources]:
+    for file in [*project.included, *project.kernel_sources]:
+        (folder / "kernels" / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(c_project.KERNELS / file, folder / "kernels" / file)
 
 

@@ -11,12 +11,21 @@ import numpy as np
 
 from .. import kernels
 from ..kernels import layout
+from ..kernels.c import version
 from ..kernels.op import Call, Node, Tensor
 from . import memory
 from .graph import Array, Graph, Port
 
 KERNELS = Path(kernels.__file__).parent / "c"
-TYPES = {"float32": "float", "int32": "int32_t", "int16": "int16_t", "int8": "int8_t", "uint8": "uint8_t"}
+TYPES = {
+    "float32": "float",
+    "int32": "int32_t",
+    "uint32": "uint32_t",
+    "int16": "int16_t",
+    "uint16": "uint16_t",
+    "int8": "int8_t",
+    "uint8": "uint8_t",
+}
 """C type of an array by numpy dtype"""
 RESERVED_WORDS = (
     "auto break case char const continue default do double else enum extern float for goto if inline int long "
@@ -69,6 +78,8 @@ class Layer:
     index: int
     node: Node
     call: Call
+    function: str
+    """of the kernel"""
     name: str
     """of the layer struct"""
     fields: Mapping[str, str]
@@ -79,6 +90,30 @@ class Layer:
     """C expressions of the inputs when the kernel takes them as one array"""
     comment: str
     macs: int
+
+
+@dataclass(frozen=True)
+class Instance:
+    """A kernel's template with its constants: one C file of the project."""
+
+    function: str
+    kernel: str
+    template: str
+    defines: Mapping[str, int]
+    inputs: str
+    """parameters of the function between the layer and the output"""
+    scratch: bool
+
+    @property
+    def file(self) -> str:
+        """Its C file, below the project's folder kernels/."""
+        return f"{self.function.removeprefix('planish_')}.c"
+
+    @property
+    def prototype(self) -> str:
+        """The function's declaration."""
+        work = ", int8_t *scratch" if self.scratch else ""
+        return f"void {self.function}(const planish_{self.kernel}_layer *layer, {self.inputs}, int8_t *y{work});"
 
 
 @dataclass(frozen=True)
@@ -126,6 +161,7 @@ class Project:
     graph: Graph
     memory: memory.Memory
     layers: tuple[Layer, ...]
+    instances: tuple[Instance, ...]
     buffers: tuple[Buffer, ...]
     scratch: Mapping[str, int]
     """offset by identifier"""
@@ -134,8 +170,19 @@ class Project:
 
     @property
     def kernel_sources(self) -> list[str]:
-        """Files of kernels/c that are needed, sorted."""
+        """Files of kernels/c that are compiled as they are, sorted."""
         return sorted({s for layer in self.layers for s in layer.call.sources})
+
+    @property
+    def included(self) -> list[str]:
+        """Files of kernels/c that others include: headers and templates, sorted; planish.h first."""
+        found = {h for layer in self.layers for h in _headers(layer.call)} | {i.template for i in self.instances}
+        return ["planish.h", *sorted(found)]
+
+    @property
+    def headers(self) -> list[str]:
+        """Headers that declare the layers' structs."""
+        return sorted({h for layer in self.layers for h in layer.call.headers})
 
     @property
     def weight_bytes(self) -> int:
@@ -143,10 +190,11 @@ class Project:
         return sum(a.values.nbytes for layer in self.layers for a in layer.arrays)
 
 
-def build(graph: Graph, title: str) -> Project:
-    """The project for a deployment graph. Identifiers come from the model's names."""
+def build(graph: Graph, title: str, features: Iterable[str] = ()) -> Project:
+    """The project for a deployment graph on a core with `features`. Identifiers come from the model's names."""
     name = identifier(title, set())
-    calls = {n.name: graph.ops[n.op].call(n) for n in graph.nodes if not graph.alias(n)}
+    calls = {n.name: version.choose(graph.ops, n, features) for n in graph.nodes if not graph.alias(n)}
+    instances = _instances([(n, calls[n.name]) for n in graph.nodes if n.name in calls])
     plan = memory.of(graph, calls)
     taken: set[str] = set()
     tensors = {t: identifier(t, taken) for t in graph.tensors}
@@ -159,7 +207,10 @@ def build(graph: Graph, title: str) -> Project:
     scratch: dict[str, int] = {}
     for node in graph.nodes:
         if node.name in calls:
-            layers.append(_layer(graph, node, calls[node.name], len(layers), pointer, taken, name))
+            call = calls[node.name]
+            instance = instances.get(_key(call))
+            function = instance.function if instance else f"planish_{call.kernel}"
+            layers.append(_layer(graph, node, call, function, len(layers), pointer, taken, name))
             if calls[node.name].scratch:
                 scratch[f"{layers[-1].name}_scratch"] = plan.scratch[node.name]
     used = {a for layer in layers for a in (*layer.arguments, *layer.sources)}
@@ -169,11 +220,54 @@ def build(graph: Graph, title: str) -> Project:
         if t.name not in root and tensors[t.name] in used
     ]
     inputs, outputs = (_borders(ports, plan) for ports in (graph.inputs, graph.outputs))
-    return Project(name, title, graph, plan, tuple(layers), tuple(buffers), scratch, inputs, outputs)
+    used_instances = tuple(instances.values())
+    return Project(name, title, graph, plan, tuple(layers), used_instances, tuple(buffers), scratch, inputs, outputs)
+
+
+def _key(call: Call) -> tuple[object, ...]:
+    """What decides whether two calls share compiled code."""
+    return (call.template, *call.defines.items())
+
+
+def _instances(calls: Iterable[tuple[Node, Call]]) -> dict[tuple[object, ...], Instance]:
+    """The templates' instances by key, in the order of their first use."""
+    found: dict[tuple[object, ...], Instance] = {}
+    for node, call in calls:
+        if call.template is None or _key(call) in found:
+            continue
+        count = sum(i.kernel == call.kernel for i in found.values())
+        many = [f"const int8_t *x{i}" for i in range(len(node.inputs))]
+        inputs = "const int8_t *const *x" if call.input_array else ", ".join(many)
+        name = f"planish_{call.kernel}_{count}"
+        found[_key(call)] = Instance(name, call.kernel, call.template, call.defines, inputs, call.scratch > 0)
+    return found
+
+
+def _headers(call: Call) -> set[str]:
+    """Headers of kernels/c that a call's files include, besides planish.h: found by reading them."""
+    found: set[str] = set()
+    waiting = [*call.headers, *call.sources, *([call.template] if call.template else [])]
+    seen: set[str] = set()
+    while waiting:
+        file = waiting.pop()
+        if file in seen:
+            continue
+        seen.add(file)
+        included = re.findall(r'^#include "(.+)"', (KERNELS / file).read_text(encoding="utf-8"), re.MULTILINE)
+        waiting += [i for i in included if i != "planish.h"]
+        found |= {i for i in included if i != "planish.h"}
+    return found | set(call.headers)
 
 
 def _layer(
-    graph: Graph, node: Node, call: Call, index: int, pointer: Mapping[str, str], taken: set[str], model: str
+    graph: Graph,
+    node: Node,
+    call: Call,
+    function: str,
+    index: int,
+    pointer: Mapping[str, str],
+    taken: set[str],
+    model: str,
 ) -> Layer:
     name = identifier(node.name, taken)
     arrays = tuple(
@@ -188,7 +282,8 @@ def _layer(
     comment = f"{node.name}: {node.op}, {shapes} -> {shape_text(layout.memory_shape(node.output.shape))}"
     fields = {k: number(v) if isinstance(v, float | np.floating) else str(v) for k, v in call.fields.items()}
     sources = inputs if call.input_array else ()
-    return Layer(index, node, call, name, fields, arrays, listed, sources, safe(comment), graph.ops[node.op].macs(node))
+    macs = graph.ops[node.op].macs(node)
+    return Layer(index, node, call, function, name, fields, arrays, listed, sources, safe(comment), macs)
 
 
 def _borders(ports: Iterable[Port], plan: memory.Memory) -> tuple[Border, ...]:

@@ -28,7 +28,7 @@ def of(graph: Graph, calls: Mapping[str, Call]) -> Memory:
     after the last step.
     """
     root: dict[str, str] = {p.tensor.name: p.tensor.name for p in graph.inputs}
-    size = {p.tensor.name: p.tensor.size for p in graph.inputs}
+    size = {p.tensor.name: p.tensor.bytes for p in graph.inputs}
     first = dict.fromkeys(root, -1)
     last = dict.fromkeys(root, -1)
     work: list[planner.Buffer] = []
@@ -40,7 +40,7 @@ def of(graph: Graph, calls: Mapping[str, Call]) -> Memory:
             root[name] = root[node.inputs[0].name]
             continue
         root[name] = name
-        size[name], first[name], last[name] = node.output.size, step, step
+        size[name], first[name], last[name] = node.output.bytes, step, step
         if calls[node.name].scratch:
             work.append(planner.Buffer(f"scratch of {node.name}", calls[node.name].scratch, step, step))
     for port in graph.outputs:

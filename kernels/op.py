@@ -29,11 +29,19 @@ class Tensor:
     scale: np.float32
     zero_point: int
     """in int8 terms, -128 to 127"""
+    bits: int = 8
+    """8, 4 or 2: codes lie in [-2^(bits-1), 2^(bits-1) - 1] and are stored packed in the order of memory, the first in the
+    lowest bits of its byte"""
 
     @property
     def size(self) -> int:
-        """Elements, which for int8 is bytes."""
+        """Elements."""
         return int(np.prod(self.shape))
+
+    @property
+    def bytes(self) -> int:
+        """Bytes in the arena."""
+        return -(-self.size * self.bits // 8)
 
 
 @dataclass(frozen=True)
@@ -88,7 +96,7 @@ class Call:
     kernel: str
     """the C kernel is `void planish_<kernel>(const planish_<kernel>_layer *, const int8_t *x, ..., int8_t *y)`"""
     sources: tuple[str, ...]
-    """files of kernels/c that hold it"""
+    """files that hold it, relative to kernels/c"""
     fields: Mapping[str, int | float | str]
     """scalar members of the layer struct, in the struct's order"""
     arrays: Mapping[str, Array]
@@ -99,6 +107,18 @@ class Call:
     """bytes of work memory that the kernel takes as a last argument `int8_t *scratch`; 0: no such argument"""
     input_array: bool = False
     """true when the kernel takes its inputs as one `const int8_t *const *x` (any number of inputs)"""
+    template: str | None = None
+    """a file, relative to kernels/c, that is compiled once for every different `defines` with PLANISH_KERNEL as the function's name;
+    None: `planish_<kernel>` is in `sources`"""
+    defines: Mapping[str, int] = field(default_factory=dict)
+    """preprocessor constants of `template`: shapes and widths that the code is specialised for"""
+    headers: tuple[str, ...] = ()
+    """files, relative to kernels/c, that declare the layer struct where planish.h does not"""
+    overlap: int | None = None
+    """the output may lie over input 0 when it begins at least this many bytes (0 or more) before it: outputs are written in
+    ascending order, and no byte is written that is read afterwards. None: it may not overlap it that way"""
+    in_place: tuple[int, ...] = ()
+    """inputs of the output's size at whose own place the output may lie"""
 
 
 class Unsupported(Exception):

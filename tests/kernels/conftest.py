@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pytest
+from planish.export.graph import Graph, Port
 from planish.kernels import layout
 from planish.kernels.op import Call, Constant, FloatOp, Node, Op, Tensor, ops
+from planish.targets import target as targets
 
 INF = float("inf")
 Rng = np.random.Generator
@@ -480,8 +482,54 @@ def harness() -> tuple[str, dict[str, list[tuple[Node, Call | None]]]]:
     return "\n".join(text) + "\n", nodes
 
 
+@dataclass(frozen=True)
+class OnDevice:
+    """One node compiled and run on an emulated microcontroller."""
+
+    codes: list[np.ndarray]
+    """the output (1, ...) for every sample, int8"""
+    instructions: int
+    """of the first sample"""
+    flash_bytes: int
+    arena_bytes: int
+    kernel: str
+
+
+def graph_of(*nodes: Node) -> Graph:
+    """A deployment graph whose inputs are the tensors that no node makes, and whose output is the last node's."""
+    made = {n.output.name for n in nodes}
+    inputs = {t.name: t for n in nodes for t in n.inputs if t.name not in made}
+
+    def port(tensor: Tensor) -> Port:
+        return Port(tensor.name, tensor.shape, "int8", tensor, tuple(range(len(tensor.shape))))
+
+    return Graph(tuple(nodes), tuple(port(t) for t in inputs.values()), (port(nodes[-1].output),))
+
+
+def on_device(nodes: Node | tuple[Node, ...], samples: list[list[np.ndarray]], target: str, folder: Any) -> OnDevice:
+    """Compile nodes for a microcontroller and run `samples`, each a list of int8 inputs (1, ...) in the graph's order."""
+    from planish.export import c as c_format
+    from planish.export.artifact import Artifact
+    from planish.runtimes import emulator
+
+    graph = graph_of(*(nodes if isinstance(nodes, tuple) else (nodes,)))
+    names = [p.name for p in graph.inputs]
+    golden = dict(zip(names, samples[0], strict=True))
+    device = targets.load(target)
+    facts, flash, _ = c_format.write_project(graph, "one", device, golden, folder, [])
+    with emulator.Emulator().open(Artifact(folder, {"format": "c", "target": target}), 1) as session:
+        codes = [next(iter(session.run(dict(zip(names, s, strict=True))).values())) for s in samples]
+        instructions = session.profile(golden, 1, 0).instructions
+    assert instructions is not None
+    assert flash is not None
+    return OnDevice(codes, instructions, flash, facts["memory"]["arena"], facts["layers"][0]["kernel"])
+
+
 class Bench:
     """What the tests of this folder share."""
+
+    graph_of = staticmethod(graph_of)
+    on_device = staticmethod(on_device)
 
     examples = staticmethod(examples)
     harness = staticmethod(harness)
