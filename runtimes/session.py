@@ -35,6 +35,12 @@ class Layer:
     macs: int | None = None
     ms: float | None = None
     instructions: int | None = None
+    loads: int | None = None
+    """words read: transfers of up to 32 bits"""
+    stores: int | None = None
+    """words written"""
+    branches: int | None = None
+    """taken branches, calls and returns"""
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,10 @@ class Profile:
     """measured on the device that is named, emulated (exact instruction counts), or estimated by a stated model"""
     latency_ms: Latency | None = None
     instructions: int | None = None
+    loads: int | None = None
+    stores: int | None = None
+    branches: int | None = None
+    """words read and written, and taken branches, as in `Layer`"""
     cycles_estimate: int | None = None
     macs: int | None = None
     ram_bytes: int | None = None
