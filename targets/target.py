@@ -24,6 +24,17 @@ class Memory(pydantic.BaseModel):
     """bytes"""
 
 
+class Power(pydantic.BaseModel):
+    """Supply while the core runs code from flash at the target's clock, from the device's datasheet."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
+    milliamperes: float
+    """typical"""
+    volts: float
+    source: str
+    """the datasheet's figure and its conditions"""
+
+
 class Target(pydantic.BaseModel):
     """A device: its core, its memories, and what planish does for it when the user names nothing else."""
 
@@ -38,6 +49,9 @@ class Target(pydantic.BaseModel):
     features: tuple[str, ...] = ()
     """ISA features that kernels ask for: dsp, mve, fpu, dotprod, i8mm, sve, avx512_vnni, ..."""
     clock_hz: int | None = None
+    wait_states: int | None = None
+    """cycles that a read from flash waits at `clock_hz` where neither cache nor prefetch has it; None: not known"""
+    power: Power | None = None
     flash: Memory | None = None
     ram: Memory | None = None
     channel_multiple: int

@@ -1,0 +1,118 @@
+"""Cycle estimates for a Cortex-M from counted work: a band, from the best to the worst that the core's manual allows.
+
+    cycles = sum over kinds of count * cycles of the kind + words moved + taken branches * refill + flash waits
+
+The low end takes loads and stores as pipelined (one cycle a word), the shortest refill, and no flash waits: code in a zero-wait
+memory or a flash accelerator that always hits. The high end takes two cycles for a lone load or store, the longest refill, and
+`wait_states` cycles for every taken branch (a new flash line) and every word read from flash. Sources:
+
+    cortex-m0plus  Arm DDI 0484 (Cortex-M0+ TRM r0p1), table 3-1: loads and stores 2, LDM/STM 1 + N, taken branches 2, MULS 1
+    cortex-m3, m4  Arm 100165 and 100166 (TRM), table "instruction set summary": loads 2 or pipelined 1, LDM 1 + N, taken branches
+                   1 + P with P = 1..3, SDIV 2..12; FPU: VDIV and VSQRT 14, fused multiply-add 3, VLDM 1 + N
+    cortex-m33     Arm 100230: as the M4 with one-cycle folding of some branches; the same table is used
+    cortex-m7      Arm publishes no timings: the band is two instructions a cycle (dual issue) to one a cycle plus the waits
+    cortex-m55     Arm publishes no table: a 128-bit vector operation takes two beats-of-64-bit cycles, and a vector load overlaps the
+                   arithmetic of the one before: one to two cycles an instruction
+
+It is an estimate of a range, not a measurement. `benchmarks/mcu.py --cycles` holds it against published board results.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from functools import cache
+
+from .thumb import Kind
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a layer, or a run, did: instructions by kind, words moved, branches taken."""
+
+    counts: Counter[Kind] = field(default_factory=Counter)
+    load_words: int = 0
+    store_words: int = 0
+    flash_words: int = 0
+    """data words read from flash, part of `load_words`"""
+    taken: int = 0
+    """taken branches: the next instruction was not the next in memory"""
+
+    @property
+    def instructions(self) -> int:
+        """All of them."""
+        return self.counts.total()
+
+    def __add__(self, other: Work) -> Work:
+        return Work(
+            self.counts + other.counts,
+            self.load_words + other.load_words,
+            self.store_words + other.store_words,
+            self.flash_words + other.flash_words,
+            self.taken + other.taken,
+        )
+
+
+@dataclass(frozen=True)
+class Band:
+    """Cycles, at least and at most."""
+
+    low: int
+    high: int
+
+
+@dataclass(frozen=True)
+class Core:
+    """Cycles of one core. A pair is (low, high)."""
+
+    kinds: dict[Kind, tuple[float, float]]
+    """per instruction; 1 where a kind is not named. Loads and stores: what an instruction costs besides its words"""
+    refill: tuple[float, float]
+    """added by a taken branch"""
+    word: tuple[float, float] = (1, 1)
+    """per word that a load or store moves"""
+    issue: float = 1
+    """instructions that may start together in the best case: the low end is divided by it"""
+
+
+ONE: tuple[float, float] = (1, 1)
+M4 = Core(
+    kinds={
+        "load": (0, 1),
+        "store": (0, 0),
+        "div": (2, 12),
+        "fma": (3, 3),
+        "fdiv": (14, 14),
+        "fmove2": (2, 2),
+    },
+    refill=(1, 3),
+)
+CORES = {
+    "cortex-m0plus": Core(kinds={"load": (1, 1), "store": (1, 1)}, refill=(1, 1)),
+    "cortex-m3": M4,
+    "cortex-m4": M4,
+    "cortex-m33": M4,
+    "cortex-m7": Core(
+        kinds={"load": (0, 1), "store": (0, 0), "div": (2, 12), "fdiv": (14, 14)}, refill=(0, 2), issue=2
+    ),
+    "cortex-m55": Core(
+        kinds={"load": (0, 1), "store": (0, 0), "div": (2, 12), "fdiv": (14, 14), "vector": (1, 2)}, refill=(0, 2)
+    ),
+}
+
+
+@cache
+def core(name: str) -> Core | None:
+    """The model of a core, None where there is none."""
+    return CORES.get(name)
+
+
+def estimate(work: Work, model: Core, wait_states: int = 0) -> Band:
+    """Cycles of `work`. `wait_states` of the flash count at the high end only."""
+    ends: list[float] = []
+    for end in (0, 1):
+        total = sum(n * model.kinds.get(kind, ONE)[end] for kind, n in work.counts.items())
+        total += (work.load_words + work.store_words) * model.word[end] + work.taken * model.refill[end]
+        ends.append(total)
+    waits = wait_states * (work.taken + work.flash_words)
+    return Band(round(ends[0] / model.issue), round(ends[1] + waits))
