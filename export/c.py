@@ -36,7 +36,7 @@ class C(Format):
 
     def write(self, source: Source, target: Target, folder: Path) -> Written:
         """Write the project; link firmware.elf when the target is a microcontroller and ziglang is installed."""
-        graph = qdq.read(source.onnx)
+        graph = source.graph or qdq.read(source.onnx)
         answers = graph.reference(source.golden_inputs)
         warnings: list[str] = []
         facts, flash, ram = write_project(graph, source.name, target, source.golden_inputs, folder, warnings)
@@ -67,6 +67,8 @@ def write_project(
     check_budget(project, target)
     _write_sources(project, target, golden, folder)
     facts = _facts(project)
+    if target.flash is not None and target.ram is not None:
+        facts["regions"] = {"flash": target.flash.model_dump(), "ram": target.ram.model_dump()}
     flash: int | None = None
     ram: int | None = None
     if target.flash is not None:
@@ -144,7 +146,13 @@ def _facts(project: Project) -> dict[str, Any]:
         "inputs": [_border(b, project.name, "input") for b in project.inputs],
         "outputs": [_border(b, project.name, "output") for b in project.outputs],
         "layers": [
-            {"name": x.node.name, "op": x.node.op, "kernel": x.function.removeprefix("planish_"), "macs": x.macs}
+            {
+                "name": x.node.name,
+                "op": x.node.op,
+                "kernel": x.function.removeprefix("planish_"),
+                "macs": x.macs,
+                "bytes": sum(a.values.nbytes for a in x.arrays),
+            }
             for x in project.layers
         ],
         "memory": {

@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 
 from ..targets.target import Target
+from .graph import Graph
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class Source:
     """the compressed model's .pt2, when the source is one"""
     fused: onnx.ModelProto | None = None
     """`onnx` before its fused low-bit ops were lowered: one node of the domain planish each; None where there is none"""
+    graph: Graph | None = None
+    """the integer network that format c writes instead of `onnx`: one that was narrowed or cut into patches for a device"""
 
 
 @dataclass(frozen=True)

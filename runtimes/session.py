@@ -41,6 +41,8 @@ class Layer:
     """words written"""
     branches: int | None = None
     """taken branches, calls and returns"""
+    cycles: tuple[int, int] | None = None
+    """least and most, by the core's model"""
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,12 @@ class Profile:
     stores: int | None = None
     branches: int | None = None
     """words read and written, and taken branches, as in `Layer`"""
-    cycles_estimate: int | None = None
+    cycles_estimate: tuple[int, int] | None = None
+    """least and most cycles by the core's model (runtimes/cycles.py)"""
+    latency_estimate_ms: tuple[float, float] | None = None
+    """the same at the target's clock"""
+    energy_estimate_uj: tuple[float, float] | None = None
+    """the same with the supply current of the device's datasheet"""
     macs: int | None = None
     ram_bytes: int | None = None
     stack_bytes: int | None = None
