@@ -33,8 +33,8 @@ IDENTITIES = (
 def fold_batch_norm(model: Model) -> Model:
     """Fold every batch norm that follows a convolution or linear layer of its own.
 
-    Another one on a four-dimensional tensor becomes a depthwise 1x1 convolution, which has an integer kernel everywhere; what is
-    left (on two-dimensional tensors, or with weights that are used twice) stays as it is.
+    Another one becomes a depthwise convolution of width 1, which has an integer kernel everywhere; what is left (on five-dimensional
+    tensors, or with weights that are used twice) stays as it is.
     """
     model = model.copy()
     graph = model.graph.graph
@@ -76,25 +76,45 @@ def fold_batch_norm(model: Model) -> Model:
 
 
 def _as_convolution(model: Model, norm: Node) -> Node | None:
-    """A depthwise 1x1 convolution of ones in front of a batch norm, for it to fold into; None where that does not work."""
+    """A depthwise convolution of ones in front of a batch norm, for it to fold into; None where that does not work.
+
+    Features (n, c) become pixels (n, c, 1, 1) for it.
+    """
     source, running = norm.args[0], norm.args[3]
     value = source.meta.get("val") if isinstance(source, Node) else None
     if (
         not isinstance(value, torch.Tensor)
-        or value.ndim != 4
+        or value.ndim not in (2, 3, 4)
         or not isinstance(running, Node)
         or len(running.users) != 1
     ):
         return None
     channels = len(layers.read(model.graph, running))
     name = str(running.target).rpartition(".")[0] or running.name
-    with model.graph.graph.inserting_before(norm):
-        ones = layers.add_parameter(model.graph, f"{name}.depthwise.weight", torch.ones(channels, 1, 1, 1))
-        convolution = model.graph.graph.call_function(
-            aten.conv2d.default, (source, ones, None, [1, 1], [0, 0], [1, 1], channels)
-        )
-    convolution.meta["val"] = value
+    graph, width = model.graph.graph, 1 if value.ndim == 3 else 2
+    kind = aten.conv1d.default if width == 1 else aten.conv2d.default
+    weight = torch.ones(channels, 1, *[1] * width)
+    numbers = ([1] * width, [0] * width, [1] * width, channels)
+    with graph.inserting_before(norm):
+        image = value
+        if value.ndim == 2:
+            image = value.new_empty((*value.shape, 1, 1))
+            source = _made(graph, aten.unflatten.int, (source, 1, [channels, 1, 1]), image)
+        ones = layers.add_parameter(model.graph, f"{name}.depthwise.weight", weight)
+        convolution = _made(graph, kind, (source, ones, None, *numbers), image)
+    if value.ndim == 2:
+        with graph.inserting_after(norm):
+            flat = _made(graph, aten.flatten.using_ints, (norm, 1), value)
+        norm.replace_all_uses_with(flat, delete_user_cb=lambda user: user is not flat)
+        norm.meta["val"] = image
     return convolution
+
+
+def _made(graph: torch.fx.Graph, target: Any, args: tuple[Any, ...], value: torch.Tensor) -> Node:
+    """A new node whose result is like `value`."""
+    node = graph.call_function(target, args)
+    node.meta["val"] = value
+    return node
 
 
 def canonicalize(model: Model) -> Model:

@@ -16,7 +16,7 @@ import onnx
 
 from ..common.errors import PlanishError
 from ..kernels.op import Constant, FloatOp, Node, Tensor, Unsupported, ops
-from . import fold, rewrite
+from . import fold, one_dimensional, rewrite
 from .graph import Array, Graph, Port
 
 SAME_ORDER = ("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity", "Dropout")
@@ -84,7 +84,7 @@ def read(model: onnx.ModelProto) -> Graph:
             "the model is not quantized: it has no QuantizeLinear and DequantizeLinear; integer code needs both around "
             "every op (the recipe w8a8-static puts them there)"
         )
-    return _Reader(fold.fold(model)).graph()
+    return _Reader(one_dimensional.widen(fold.fold(model))).graph()
 
 
 class _Reader:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from ..kernels import layout
 from ..kernels.layout import CHANNELS_LAST
 from ..kernels.op import Node, Tensor
 from .graph import Graph, Port
@@ -71,7 +72,7 @@ def _input(port: Port, graph: Graph, moved: Mapping[str, Moved]) -> Port:
 
 
 def _flatten(graph: Graph, moved: Mapping[str, Moved]) -> Graph:
-    """Flatten (1, c, h, w) in the order of the C layout where what follows allows it: then it costs nothing."""
+    """Flatten a tensor in the order in which it lies in memory where what follows allows it: then it costs nothing."""
     nodes = {n.output.name: n for n in graph.nodes}
     outputs = {p.tensor.name for p in graph.outputs}
     for node in graph.nodes:
@@ -82,16 +83,20 @@ def _flatten(graph: Graph, moved: Mapping[str, Moved]) -> Graph:
         if before is not None and before.axes == CHANNELS_LAST:  # the model itself flattens in NHWC order
             nodes[node.output.name] = Node("flatten", node.name, (before.source,), node.output)
             continue
-        source = move.source
+        source, lying = move.source, np.arange(move.source.size).reshape(move.source.shape)
+        if before is not None and before.axes is not None:  # what was transposed is flattened before that
+            source, lying = before.source, lying.transpose(np.argsort(before.axes))
+        columns = layout.to_memory(lying).reshape(-1)
         readers = consumers(graph, node.output.name)
-        whole = len(source.shape) == 4 and node.output.shape == (1, source.size) and source.shape[0] == 1
+        whole = node.output.shape == (1, source.size) and source.shape[0] == 1
         dense = all(r.op == "fully_connected" for r in readers) and node.output.name not in outputs
-        if not whole or not dense or not readers or graph.alias(node):
+        if not whole or not dense or not readers or np.array_equal(columns, np.arange(source.size)):
             continue
         nodes[node.output.name] = Node("flatten", node.name, (source,), node.output)
-        columns = np.arange(source.size).reshape(source.shape).transpose(CHANNELS_LAST).reshape(-1)
         for reader in readers:
             current = nodes[reader.output.name]
-            weight = np.ascontiguousarray(current.constants["weight"][:, columns])  # (out, h * w * c)
+            weight = np.ascontiguousarray(
+                current.constants["weight"][:, columns]
+            )  # (out, codes in the order of memory)
             nodes[reader.output.name] = replace(current, constants={**current.constants, "weight": weight})
     return replace(graph, nodes=tuple(nodes[n.output.name] for n in graph.nodes))

@@ -40,8 +40,11 @@ COMPUTE = (
     aten.add.Tensor,
     aten.mul.Tensor,
     aten.cat.default,
+    aten.avg_pool1d.default,
     aten.avg_pool2d.default,
+    aten.adaptive_avg_pool1d.default,
     aten.adaptive_avg_pool2d.default,
+    aten.mean.dim,
 )
 TABLE = (
     aten.sigmoid.default,
@@ -65,6 +68,7 @@ TRANSPORT = (
     aten.slice.Tensor,
     aten.pad.default,
     aten.constant_pad_nd.default,
+    aten.max_pool1d.default,
     aten.max_pool2d.default,
 )
 LEVELS = 256
@@ -286,9 +290,20 @@ def _runs_in_integers(node: Node) -> bool:
     if node.target in (aten.add.Tensor, aten.mul.Tensor):
         plain = node.kwargs.get("alpha", 1) == 1
         return bool(plain) and all(isinstance(a, Node) and not is_constant(a) and _is_float(a) for a in node.args[:2])
-    if node.target is aten.adaptive_avg_pool2d.default:
-        return list(node.args[1]) == [1, 1]  # pyright: ignore[reportArgumentType]
+    if node.target in (aten.adaptive_avg_pool1d.default, aten.adaptive_avg_pool2d.default):
+        return set(node.args[1]) == {1}  # pyright: ignore[reportArgumentType]
+    if node.target is aten.mean.dim:
+        return node.meta["val"].is_floating_point() and _mean_of_positions(node)
     return True
+
+
+def _mean_of_positions(node: Node) -> bool:
+    """A mean over the length of (n, channels, length), or over the tokens of (n, tokens, channels)."""
+    source, axes = node.args[0], node.args[1]
+    assert isinstance(source, Node)
+    if source.meta["val"].ndim != 3 or not isinstance(axes, list | tuple) or len(axes) != 1:
+        return False
+    return axes[0] in (1, 2, -1, -2)
 
 
 def _exact_transport(node: Node) -> bool:
@@ -307,7 +322,10 @@ def _only_pads_convolutions(node: Node) -> bool:
     if node.target not in (aten.pad.default, aten.constant_pad_nd.default) or not _exact_transport(node):
         return False
     amounts = list(node.args[1])  # pyright: ignore[reportArgumentType]
-    return min(amounts) >= 0 and not any(amounts[4:]) and all(u.target is aten.conv2d.default for u in node.users)
+    for convolution, own in ((aten.conv1d.default, 2), (aten.conv2d.default, 4)):
+        if all(u.target is convolution for u in node.users):
+            return min(amounts) >= 0 and not any(amounts[own:])
+    return False
 
 
 def _has_tensor(node: Node) -> bool:

@@ -1,5 +1,6 @@
 import numpy as np
 import onnx
+import pytest
 import torch
 from planish.compress.fold import canonicalize, fold_batch_norm
 from planish.compress.model import trace
@@ -74,10 +75,15 @@ def test_pre_activation_networks_run_in_integers(images, tmp_path):
     assert np.array_equal(qdq.read(proto).reference({"image": x})["output"], got)
 
 
-def test_a_batch_norm_on_a_vector_stays():
-    net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.BatchNorm1d(4))
-    model = trace(net, {"input": torch.zeros(1, 4)}, "net")
-    assert any("batch_norm" in t for t in targets(fold_batch_norm(model)))
+@pytest.mark.parametrize("shape", [(4,), (4, 6)])
+def test_a_batch_norm_on_features_or_a_sequence_becomes_one_too(shape):
+    net = nn.Sequential(nn.ReLU(), nn.BatchNorm1d(4), nn.Sigmoid())
+    net(torch.randn(64, *shape))
+    model = trace(net.eval(), {"input": torch.zeros(1, *shape)}, "net")
+    folded = fold_batch_norm(model)
+    assert not any("batch_norm" in t for t in targets(folded))
+    x = torch.randn(4, *shape)
+    torch.testing.assert_close(folded(x), model(x), rtol=1e-5, atol=1e-5)
 
 
 def test_equal_meanings_get_one_spelling():
