@@ -9,7 +9,6 @@ empty function after every layer, which starts a block of its own, so that the c
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
@@ -18,37 +17,26 @@ from ..common.errors import Missing, PlanishError, missing_extra
 from ..export import firmware
 from ..export.artifact import Artifact
 from ..targets import target as targets
-from . import c_model
+from . import c_model, qemu_system, thumb
+from .image import PAINT, Image, used_stack
 from .session import Arrays, Layer, Profile, Runtime, Session
+from .tally import Counts, Tally
 
-PAINT = 0xA5
-"""fills the free RAM before the start; what differs afterwards was stack"""
 SYSTEM = 0xE000E000
 """system control space: start-up switches the floating-point unit on there"""
 PAGE = 4096
 
 
 class Emulator(Runtime):
-    """Cortex-M0+, M3, M4, M7 and M33 in the `unicorn` package."""
+    """Cortex-M0+, M3, M4, M7 and M33 in the `unicorn` package, other cores on a board of QEMU: what the target names."""
 
     formats: ClassVar[tuple[str, ...]] = ("c",)
 
     def open(self, artifact: Artifact, threads: int) -> EmulatorSession:
-        """Load firmware.elf and start it. Raises Missing for a core that unicorn does not emulate."""
+        """Load firmware.elf and start it. Raises Missing for a core that is not emulated here."""
         if threads != 1:
             raise PlanishError(f"{threads} threads were asked for; an emulated microcontroller has one core")
         return EmulatorSession(artifact)
-
-
-@dataclass
-class Counts:
-    """Instructions of one inference."""
-
-    total: int = 0
-    layers: list[int] = field(default_factory=list)
-    """one number a layer"""
-    order: list[int] = field(default_factory=list)
-    """layer numbers as the firmware reported them"""
 
 
 class EmulatorSession(Session):
@@ -57,7 +45,8 @@ class EmulatorSession(Session):
     def __init__(self, artifact: Artifact) -> None:
         self.artifact = artifact
         self.model = c_model.load(artifact)
-        self.machine = Machine(artifact, self.model)
+        qemu = targets.load(artifact.target).emulator == "qemu-system"
+        self.machine = qemu_system.Machine(artifact, self.model) if qemu else Machine(artifact, self.model)
 
     def run(self, inputs: Arrays) -> dict[str, np.ndarray]:
         """Outputs for a batch, one sample after another as on the device."""
@@ -82,22 +71,29 @@ class EmulatorSession(Session):
             target=self.artifact.target,
             format=self.artifact.format,
             kind="emulated",
-            instructions=counts.total,
+            instructions=counts.total.instructions,
+            loads=counts.total.loads,
+            stores=counts.total.stores,
+            branches=counts.total.branches,
             macs=self.model.macs,
             ram_bytes=sizes.ram + stack,
             stack_bytes=stack,
             flash_bytes=sizes.flash,
             file_bytes=self.machine.elf_path.stat().st_size,
             layers=tuple(
-                Layer(x["name"], x["op"], x["macs"], None, n)
+                Layer(x["name"], x["op"], x["macs"], None, n.instructions, n.loads, n.stores, n.branches)
                 for x, n in zip(self.model.layers, counts.layers, strict=True)
             ),
             environment={
-                "emulator": f"unicorn {_unicorn().__version__}",
+                "emulator": self.machine.emulator,
                 "core": self.machine.target.core,
                 **toolchain,
             },
         )
+
+    def close(self) -> None:
+        """End the emulator."""
+        self.machine.close()
 
 
 class Machine:
@@ -107,16 +103,13 @@ class Machine:
         self.model = model
         self.target = targets.load(artifact.target)
         self.flash, self.ram = firmware.regions(self.target)
-        self.elf_path = artifact.folder / "firmware.elf"
         if self.target.emulator != "unicorn":
             raise Missing(
                 f"target '{self.target.name}' ({self.target.core}) needs {self.target.emulator}: the unicorn package has no "
-                f"such core ({', '.join(sorted(cores()))} it has), and planish does not drive that emulator yet"
+                f"such core ({', '.join(sorted(cores()))} it has)"
             )
-        if not self.elf_path.is_file():
-            raise PlanishError(
-                f"artifact '{artifact.folder}' has no firmware.elf; export it again with ziglang installed"
-            )
+        self.image = Image(artifact.folder / "firmware.elf")
+        self.elf_path, self.symbols = self.image.path, self.image.symbols
         unicorn = _unicorn()
         from unicorn import arm_const
 
@@ -126,10 +119,15 @@ class Machine:
             raise Missing(f"unicorn has no core '{self.target.emulator_cpu}'; it has {', '.join(sorted(known))}")
         self.uc: Any = unicorn.Uc(unicorn.UC_ARCH_ARM, unicorn.UC_MODE_THUMB | unicorn.UC_MODE_MCLASS)
         self.uc.ctl_set_cpu_model(known[self.target.emulator_cpu])
-        self.symbols = self._load()
+        self._load()
         fault = self.symbols["planish_fault"]  # an endless loop on the device
         self.uc.hook_add(unicorn.UC_HOOK_CODE, lambda uc, *_: uc.emu_stop(), begin=fault, end=fault)
         self._start()
+
+    @property
+    def emulator(self) -> str:
+        """Name and version."""
+        return f"unicorn {_unicorn().__version__}"
 
     def infer(self, inputs: list[np.ndarray]) -> list[np.ndarray]:
         """int8 codes of the outputs for int8 codes (size,) of the inputs."""
@@ -147,27 +145,40 @@ class Machine:
 
         counts = Counts()
         entry, mark, done = (self.symbols[s] for s in (f"{self.model.name}_run", "planish_layer_done", "planish_done"))
-        sizes: dict[tuple[int, int], int] = {}
-        state = {"running": False, "at_last_mark": 0}
+        known: dict[tuple[int, int], tuple[int, int, int]] = {}  # instructions, loads, stores
+        running = False
+        total = loads = stores = branches = 0
+        expected = 0  # where the next block begins if no branch is taken; 0 after the mark, whose return is not model
+        last = Tally(0, 0, 0, 0)
 
         def block(uc: Any, address: int, size: int, _: Any) -> None:
+            nonlocal running, total, loads, stores, branches, expected, last
             if address == entry:
-                state["running"] = True
+                running, expected = True, address
             elif address == done:
-                state["running"] = False
-            if not state["running"]:
+                running = False
+            if not running:
                 return
+            branches += bool(expected) and address != expected
             if address == mark:
+                now = Tally(total, loads, stores, branches)
                 counts.order.append(uc.reg_read(self.registers.UC_ARM_REG_R0))
-                counts.layers.append(counts.total - state["at_last_mark"])
-                state["at_last_mark"] = counts.total
+                counts.layers.append(now - last)
+                last, expected = now, 0
                 return  # the function itself is measuring, not model
+            expected = address + size
             key = (address, size)
-            if key not in sizes:
-                sizes[key] = instructions(bytes(uc.mem_read(address, size)))
-            counts.total += sizes[key]
+            if key not in known:
+                code = bytes(uc.mem_read(address, size))
+                words = thumb.read(code, address)
+                known[key] = instructions(code), words.load_words, words.store_words
+            executed, read, written = known[key]
+            total += executed
+            loads += read
+            stores += written
 
         self._hooked(unicorn.UC_HOOK_BLOCK, block, inputs)
+        counts.total = Tally(total, loads, stores, branches)
         return counts
 
     def count_steps(self, inputs: list[np.ndarray]) -> int:
@@ -180,7 +191,7 @@ class Machine:
             0,
         )  # addresses under an IT instruction, which the hook does not see when their condition fails
         entry, mark, done = (self.symbols[s] for s in (f"{self.model.name}_run", "planish_layer_done", "planish_done"))
-        after = mark + self.lengths["planish_layer_done"]
+        after = mark + self.image.lengths["planish_layer_done"]
 
         def step(uc: Any, address: int, _size: int, _: Any) -> None:
             nonlocal conditional
@@ -204,14 +215,11 @@ class Machine:
 
     def stack_bytes(self) -> int:
         """Most bytes of stack used since the start."""
-        bottom = self.symbols["planish_stack_bottom"]
-        top = self.symbols["planish_stack_top"]
-        memory = np.frombuffer(bytes(self.uc.mem_read(bottom, top - bottom)), np.uint8)
-        touched = np.flatnonzero(memory != PAINT)
-        used = top - bottom - int(touched[0]) if touched.size else 0
-        if used >= top - bottom:
-            raise PlanishError(f"the stack ran out: it used all {top - bottom} bytes that the arena leaves")
-        return used
+        bottom, top = self.image.stack
+        return used_stack(bytes(self.uc.mem_read(bottom, top - bottom)))
+
+    def close(self) -> None:
+        """Nothing: the emulator lives in this process."""
 
     def _hooked(self, kind: int, callback: Callable[..., None], inputs: list[np.ndarray]) -> None:
         """One inference with a hook."""
@@ -221,30 +229,20 @@ class Machine:
         finally:
             self.uc.hook_del(hook)
 
-    def _load(self) -> dict[str, int]:
-        """Map the memories, write the program, and return the addresses of its symbols (Thumb bit cleared)."""
+    def _load(self) -> None:
+        """Map the memories and write the program."""
         import unicorn
 
-        elf = firmware.elf_file(self.elf_path)
         readable = unicorn.UC_PROT_READ | unicorn.UC_PROT_EXEC
         for memory, rights in ((self.flash, readable), (self.ram, unicorn.UC_PROT_ALL)):
             self.uc.mem_map(memory.origin, -(-memory.length // PAGE) * PAGE, rights)
         self.uc.mem_map(SYSTEM, PAGE)
-        for segment in elf.iter_segments():
-            if segment["p_type"] == "PT_LOAD" and segment["p_filesz"]:
-                self.uc.mem_write(segment["p_paddr"], segment.data())
-        table = elf.get_section_by_name(".symtab")
-        if table is None:
-            raise PlanishError(f"'{self.elf_path}' has no symbols")
-        self.lengths = {s.name: s["st_size"] for s in table.iter_symbols()}
-        return {
-            s.name: s["st_value"] & ~1 if s["st_info"]["type"] == "STT_FUNC" else s["st_value"]
-            for s in table.iter_symbols()
-        }
+        for address, data in self.image.segments:
+            self.uc.mem_write(address, data)
 
     def _start(self) -> None:
         """Paint the stack and run from reset until the firmware waits for its first sample."""
-        bottom, top = self.symbols["planish_stack_bottom"], self.symbols["planish_stack_top"]
+        bottom, top = self.image.stack
         self.uc.mem_write(bottom, bytes([PAINT]) * (top - bottom))
         stack, reset = (
             int.from_bytes(self.uc.mem_read(self.flash.origin + at, 4), "little") for at in (0, 4)
@@ -266,9 +264,7 @@ class Machine:
             raise PlanishError(f"the firmware did not reach {symbol}; it stopped {self._where()}")
 
     def _where(self) -> str:
-        address = self.uc.reg_read(self.registers.UC_ARM_REG_PC) & ~1
-        inside = [n for n, a in self.symbols.items() if n and a <= address < a + max(self.lengths[n], 1)]
-        return f"at pc 0x{address:08x}" + (f" in {inside[-1]}" if inside else "")
+        return self.image.where(self.uc.reg_read(self.registers.UC_ARM_REG_PC) & ~1)
 
 
 def instructions(code: bytes) -> int:

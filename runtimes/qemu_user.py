@@ -79,8 +79,8 @@ def kit() -> Kit:
                 files.to_json(dict(zip(WHEELS, versions, strict=True))), encoding="utf-8"
             )
     root = SYSTEM_ROOT if _is_root(SYSTEM_ROOT) else _fetched_root()
-    runner = _built("runner", "aarch64-linux-gnu", ["-O1", *_headers()], [str(folder / "libtvm_ffi.so"), "-ldl"])
-    plugin = _built("count", _native(), ["-O2", "-shared", "-fPIC"], [])
+    runner = built("runner", "aarch64-linux-gnu", ["-O1", *_headers()], [str(folder / "libtvm_ffi.so"), "-ldl"])
+    plugin = built("count", native(), ["-O2", "-shared", "-fPIC"], [])
     return Kit(qemu, root, folder, runner, plugin if _takes_plugin(qemu, plugin) else None)
 
 
@@ -214,16 +214,17 @@ def _headers() -> list[str]:
     return [f"-I{path}" for path in (libinfo.find_include_path(), libinfo.find_dlpack_include_path())]
 
 
-def _native() -> str:
+def native() -> str:
+    """The compiler's name of this machine."""
     return f"{os.uname().machine}-linux-gnu"
 
 
-def _built(name: str, triple: str, flags: Sequence[str], libraries: Sequence[str]) -> Path:
-    """qemu/<name>.c compiled by zig, once for each content and compiler command."""
+def built(name: str, triple: str, flags: Sequence[str], libraries: Sequence[str], extra: str = "tvm") -> Path:
+    """qemu/<name>.c compiled by zig, once for each content and compiler command. `extra` of planish brings zig."""
     try:
         import ziglang  # noqa: F401  # pyright: ignore[reportUnusedImport]
     except ImportError as error:
-        raise missing_extra("ziglang", "tvm", "building the emulated runner") from error
+        raise missing_extra("ziglang", extra, f"building the emulator's {name}.c") from error
     source = SOURCES / f"{name}.c"
     command = [sys.executable, "-m", "ziglang", "cc", "-target", triple, *flags, str(source), *libraries]
     key = hashlib.sha256(source.read_bytes() + repr(command).encode()).hexdigest()[:16]
