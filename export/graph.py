@@ -72,6 +72,10 @@ class Graph:
         """Whether the node's output is its input's own bytes in C, so that no code runs."""
         return self.ops[node.op].alias(node)
 
+    def view(self, node: Node) -> int | None:
+        """Where the output begins in the input when it is a run of the input's own bytes in C; else None."""
+        return self.ops[node.op].view(node)
+
     def codes(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """int8 codes (n, ...) of every tensor for a batch of model inputs, by the numpy reference of each op."""
         lacking = [p.name for p in self.inputs if p.name not in inputs]

@@ -11,7 +11,7 @@ from .op import Array, Call, Node
 MOST_DIMENSIONS = 6
 """dimensions, without the batch, that the copying kernels count"""
 
-CHANNELS_LAST = (0, 2, 3, 1)
+CHANNELS_LAST, CHANNELS_FIRST = (0, 2, 3, 1), (0, 3, 1, 2)
 
 
 def order(rank: int) -> tuple[int, ...]:
@@ -39,6 +39,11 @@ def to_memory(x: Array) -> Array:
     return x.transpose(order(x.ndim)).reshape(len(x), -1)
 
 
+def from_memory(x: Array, shape: tuple[int, ...]) -> Array:
+    """The ONNX-shaped array (n, *shape[1:]) of codes (n, size) in the order of memory: the reverse of `to_memory`."""
+    return x.reshape(len(x), *memory_shape(shape)[1:]).transpose(np.argsort(order(len(shape))))
+
+
 def strided_copy(node: Node, offset: int, steps: Sequence[int]) -> Call:
     """The C call that fills the output from input elements `steps` apart along each of the output's ONNX axes."""
     axes = order(len(node.output.shape))[1:]
@@ -56,4 +61,38 @@ def strided_copy(node: Node, offset: int, steps: Sequence[int]) -> Call:
             "strides": "in the input",
             "table": "new code for every code from -128 on",
         },
+    )
+
+
+def block(
+    shape: tuple[int, ...], bits: int, first: tuple[int, ...], sizes: tuple[int, ...]
+) -> tuple[int, int, int] | None:
+    """A box (all channels) of a four-dimensional tensor in bytes: (where it begins, its width, from row to row).
+
+    None for any other box, and for one that does not begin and end on whole bytes.
+    """
+    if len(shape) != 4 or sizes[1] != shape[1]:
+        return None
+    steps = [s * bits for s in strides(shape)]
+    found = first[2] * steps[2] + first[3] * steps[3], sizes[3] * steps[3], steps[2]
+    return None if any(b % 8 for b in found) else (found[0] // 8, found[1] // 8, found[2] // 8)
+
+
+def copy_block(rows: int, width: int, source: tuple[int, int], target: tuple[int, int]) -> Call:
+    """The C call that copies `rows` runs of `width` bytes; source and target are (first byte, bytes from row to row)."""
+    (x_offset, x_stride), (y_offset, y_stride) = source, target
+    return Call(
+        kernel="copy_block",
+        sources=("copy_block.c",),
+        fields={
+            "rows": rows,
+            "width": width,
+            "x_offset": x_offset,
+            "x_stride": x_stride,
+            "y_offset": y_offset,
+            "y_stride": y_stride,
+        },
+        arrays={},
+        first_read=x_offset,
+        written=y_offset + (rows - 1) * y_stride + width,
     )

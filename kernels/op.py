@@ -119,6 +119,12 @@ class Call:
     ascending order, and no byte is written that is read afterwards. None: it may not overlap it that way"""
     in_place: tuple[int, ...] = ()
     """inputs of the output's size at whose own place the output may lie"""
+    updates: int | None = None
+    """the input whose memory the output is, with a part of it written anew; it is no argument of the kernel"""
+    first_read: int = 0
+    """the first byte of input 0 that the kernel reads"""
+    written: int | None = None
+    """the end of what the kernel writes of its output; None: all of it"""
 
 
 class Unsupported(Exception):
@@ -150,6 +156,10 @@ class Op(abc.ABC):
     def alias(self, node: Node) -> bool:
         """Whether the output is the input's own bytes in the C layout, so that no code runs and no memory is needed."""
         return False
+
+    def view(self, node: Node) -> int | None:
+        """Where the output begins in the input when it is a run of the input's own bytes, so that no code runs; else None."""
+        return 0 if self.alias(node) else None
 
 
 def ops() -> dict[str, Op]:

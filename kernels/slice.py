@@ -58,7 +58,19 @@ class Slice(Op):
 
     def call(self, node: Node) -> Call:
         """See Op."""
-        strides = layout.strides(node.inputs[0].shape)
-        a = node.attributes
+        x, a = node.inputs[0], node.attributes
+        box = layout.block(x.shape, x.bits, a["first"], node.output.shape)
+        if box is not None and set(a["step"]) == {1} and not node.constants:
+            return layout.copy_block(node.output.shape[2], box[1], box[::2], (0, box[1]))
+        strides = layout.strides(x.shape)
         offset = sum(f * s for f, s in zip(a["first"], strides, strict=True))
         return layout.strided_copy(node, offset, [t * s for t, s in zip(a["step"], strides, strict=True)])
+
+    def view(self, node: Node) -> int | None:
+        """See Op. Only where attribute `view` asks for it: the whole input then lives as long as the slice does."""
+        x, a = node.inputs[0], node.attributes
+        box = layout.block(x.shape, x.bits, a["first"], node.output.shape)
+        if not a.get("view") or box is None or set(a["step"]) != {1} or node.constants:
+            return None
+        begin, width, stride = box
+        return begin if width == stride and begin % layout.ALIGNMENT == 0 else None

@@ -179,6 +179,13 @@ typedef struct {
 
 void planish_strided_copy(const planish_strided_copy_layer *layer, const int8_t *x, int8_t *y);
 
+/* copies `rows` runs of `width` bytes, which begin `x_stride` and `y_stride` bytes apart; what is between them stays */
+typedef struct {
+    int32_t rows, width, x_offset, x_stride, y_offset, y_stride;
+} planish_copy_block_layer;
+
+void planish_copy_block(const planish_copy_block_layer *layer, const int8_t *x, int8_t *y);
+
 /* the output is filled with `value`, then the input's box is copied into it */
 typedef struct {
     int32_t dimensions, size, x_offset, y_offset, value;

@@ -306,6 +306,18 @@ def rescale(rng: Rng) -> Iterator[Example]:
     yield made("Identity", (x,), tensor(rng, "y", 1, 3, 5, 4, like=x))
 
 
+def paste(rng: Rng) -> Iterator[Example]:
+    for channels, block, first in (
+        (3, (2, 5), (3, 2)),
+        (8, (4, 4), (0, 8)),
+        (4, (2, 12), (6, 0)),
+        (1, (8, 1), (0, 11)),
+    ):
+        y = tensor(rng, "y", 1, channels, 8, 12)
+        x, before = tensor(rng, "x", 1, channels, *block, like=y), tensor(rng, "before", *y.shape, like=y)
+        yield Node("paste", "paste", (x, before), y, {"first": first})
+
+
 def flatten(rng: Rng) -> Iterator[Example]:
     x = tensor(rng, "x", 1, 3, 4, 5)
     yield Node("flatten", "flatten", (x,), tensor(rng, "y", 1, 60, like=x))
@@ -325,6 +337,7 @@ EXAMPLES: dict[str, Callable[[Rng], Iterator[Example]]] = {
     "max_pool": pool("MaxPool"),
     "mul": binary("Mul"),
     "pad": pad,
+    "paste": paste,
     "rescale": rescale,
     "reshape": reshape,
     "slice": slicing,
@@ -460,7 +473,7 @@ def layer(name: str, call: Call) -> str:
 
 def entry(name: str, call: Call, inputs: int) -> str:
     """`void run_<name>(const int8_t *const *x, int8_t *y, int8_t *scratch)`."""
-    given = ["x"] if call.input_array else [f"x[{i}]" for i in range(inputs)]
+    given = ["x"] if call.input_array else [f"x[{i}]" for i in range(inputs) if i != call.updates]
     arguments = ", ".join([f"&{name}", *given, "y", *(["scratch"] if call.scratch else [])])
     unused = "" if call.scratch else "(void)scratch; "
     head = f"void run_{name}(const int8_t *const *x, int8_t *y, int8_t *scratch)"
