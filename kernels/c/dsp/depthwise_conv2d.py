@@ -1,0 +1,185 @@
+"""Depthwise convolution with SMLAD: rows of four channels at a time in a small work memory, two taps an instruction.
+
+Multiplier 1, no weight zero points, no dilation. Two orders of work. With row stride 1 four channels of the whole image come
+before the next four: every row is brought in once, and the output may lie in the input's place, whose bytes are then read
+already. With a larger stride it goes row by row with all channels, so that the output may follow the input's rows that
+are done with.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ... import weights, window
+from ...op import Array, Call, Node
+from .. import overlap
+from ..version import Version
+
+GROUP = 4
+"""channels at a time"""
+ROW_BYTES = (32, 56, 104)
+"""lengths of work rows that the code is compiled for; longer ones are a multiple of 64. Few, so that layers share code"""
+LONGEST = 2048
+"""bytes of a work row at most"""
+LAYER_BYTES = 32
+"""of a channel's record in the work memory, before its weights"""
+
+
+class DepthwiseConv2d(Version):
+    """3 x 3 in assembly, other kernels in C on the same rows."""
+
+    op = "depthwise_conv2d"
+    features = ("dsp", "fpu")
+
+    def call(self, node: Node) -> Call | None:
+        """See Version."""
+        shape = window.of(node)
+        weight = node.constants["weight"]  # (c, 1, kh, kw)
+        channels = node.inputs[0].shape[1]
+        if (
+            len(weight) != channels
+            or node.constants["weight_zero_point"].any()
+            or shape.dilation != (1, 1)
+            or max(node.inputs[0].bits, node.output.bits) != 8
+            or not _in_reach(node)
+        ):
+            return None
+        rows_first = shape.stride[0] > 1
+        found = [
+            g for g in (_Geometry(node, False), _Geometry(node, True)) if g.possible and not (rows_first and g.turned)
+        ]
+        if not found:
+            return None
+        g = min(found, key=lambda g: g.cost)
+        kh, kw = g.kernel
+        turns = kh if rows_first else 2 * kh - 1
+        scratch = GROUP * (kh * g.row_bytes + LAYER_BYTES + 4 * turns * max(kw - 1, 1))
+        kernel = weight[:, 0].transpose(0, 2, 1) if g.turned else weight[:, 0]  # (c, kh, kw)
+        width = _bits(weight)
+        low, high = node.attributes["low"], node.attributes["high"]
+        return Call(
+            kernel="depthwise_rows",
+            sources=(),
+            fields={
+                **g.fields(),
+                "x_zero_point": node.inputs[0].zero_point,
+                "y_zero_point": node.output.zero_point,
+                "low": low,
+                "high": high,
+            },
+            arrays={
+                "weight": pack(kernel.reshape(channels, -1), width),
+                "bias": weights.folded_bias(node),
+                "rescale": node.constants["rescale"],
+            },
+            comments={
+                "weight": f"groups of 4 channels, kernel {kh} x {kw}{' (columns first)' if g.turned else ''}, {width} bits",
+                "bias": f"channels {channels}; with x_zero_point folded in",
+                "rescale": f"channels {channels}; x_scale * w_scale / y_scale",
+            },
+            scratch=scratch,
+            template="dsp/depthwise_conv2d.c",
+            defines={
+                "KERNEL_HEIGHT": kh,
+                "KERNEL_WIDTH": kw,
+                "COLUMN_STRIDE": g.stride[1],
+                "ROW_BYTES": g.row_bytes,
+                "WEIGHT_BITS": width,
+                "WORDS": int(channels % GROUP == 0),
+                "ROWS_FIRST": int(rows_first),
+                "SATURATE": {(-128, 127): 0, (0, 127): 1}.get((low, high), 2),
+            },
+            headers=("dsp/depthwise_conv2d.h",),
+            overlap=_overlap(node) if rows_first else None,
+            in_place=(0,) if not rows_first and node.inputs[0].shape == node.output.shape and g.pads[0] < kh else (),
+        )
+
+
+class _Geometry:
+    """The window as the kernel sees it; turned: the image's columns are its rows."""
+
+    def __init__(self, node: Node, turned: bool) -> None:
+        shape = window.of(node)
+        _, channels, height, width = node.inputs[0].shape
+        _, _, out_height, out_width = node.output.shape
+        order = slice(None, None, -1 if turned else 1)
+        self.turned = turned
+        self.channels = channels
+        self.kernel = shape.kernel[order]
+        self.stride = shape.stride[order]
+        self.pads = shape.pads[:2][order]
+        self.size = (height, width)[order]
+        self.out = (out_height, out_width)[order]
+        self.steps = (width * channels, channels)[order]
+        self.out_steps = (out_width * channels, channels)[order]
+
+    @property
+    def row_bytes(self) -> int:
+        """Of a work row: the columns that are read, as int16 in whole words."""
+        columns = (self.out[1] - 1) * self.stride[1] + self.kernel[1]
+        least = -(-columns // 2) * 4
+        return next((b for b in ROW_BYTES if b >= least), -(-least // 64) * 64)
+
+    @property
+    def possible(self) -> bool:
+        """Whether the kernel's code takes it."""
+        return self.stride[1] <= 2 and self.row_bytes <= LONGEST
+
+    @property
+    def cost(self) -> float:
+        """Instructions for a row of outputs and its input, roughly, times rows."""
+        pairs, single = divmod(self.out[1], 2)
+        row = 20 + 32 * pairs + 26 * single + 2.2 * self.stride[0] * self.size[1]
+        return row * self.out[0]
+
+    def fields(self) -> dict[str, int]:
+        """As members of the layer struct."""
+        return {
+            "in_rows": self.size[0],
+            "in_columns": self.size[1],
+            "out_rows": self.out[0],
+            "out_columns": self.out[1],
+            "channels": self.channels,
+            "in_row_step": self.steps[0],
+            "in_column_step": self.steps[1],
+            "out_row_step": self.out_steps[0],
+            "out_column_step": self.out_steps[1],
+            "row_stride": self.stride[0],
+            "pad_top": self.pads[0],
+            "pad_left": self.pads[1],
+        }
+
+
+def pack(weight: Array, width: int) -> Array:
+    """uint32 (groups * words,) of weights (channels, taps): for every 4 channels the taps, 4 bytes each, or 2 or 4 taps to a word.
+
+    Narrow codes are moved to 0 and up; tap t * (8 / width) + i lies `i * width` bits up in the bytes of word t.
+    """
+    channels, taps = weight.shape
+    groups, each = -(-channels // GROUP), 8 // width
+    codes = np.zeros((groups * GROUP, -(-taps // each) * each), np.int16)
+    codes[:channels, :taps] = weight
+    codes += 0 if width == 8 else 1 << width - 1
+    codes = codes.reshape(groups, GROUP, -1, each)  # (groups, channel, word, tap of it)
+    packed = (codes << np.arange(each) * width).sum(axis=3).astype(np.uint8)  # (groups, channel, word)
+    return np.ascontiguousarray(packed.transpose(0, 2, 1)).view("<u4").reshape(-1).astype(np.uint32)
+
+
+def _bits(weight: Array) -> int:
+    """The least of 8, 4 and 2 bits that hold all codes."""
+    low, high = int(weight.min()), int(weight.max())
+    return next(b for b in (2, 4, 8) if low >= -(1 << b - 1) and high < 1 << b - 1)
+
+
+def _in_reach(node: Node) -> bool:
+    """Whether no rescaled sum can leave int32, whatever the input: codes are saturated after rounding."""
+    weight = np.abs(node.constants["weight"].astype(np.float64)).reshape(len(node.constants["bias"]), -1)
+    reach = np.abs(node.constants["bias"].astype(np.float64)) + 255 * weight.sum(axis=1)
+    return bool((reach * node.constants["rescale"] < 2**30).all())
+
+
+def _overlap(node: Node) -> int:
+    """Bytes by which the output must precede the input: a row of outputs is written before its windows are all read."""
+    _, channels, rows, columns = node.output.shape
+    row = np.arange(rows)
+    return overlap.least((row + 1) * columns * channels, overlap.needed(node)[row * columns])

@@ -1,0 +1,88 @@
+/* Words of two int16 halves, four codes to a word, and the DSP instructions on them, each with the same result in plain C. */
+#ifndef PLANISH_DSP_HALVES_H
+#define PLANISH_DSP_HALVES_H
+
+#include <stdint.h>
+
+#if defined(__ARM_FEATURE_DSP)
+#include <arm_acle.h>
+#endif
+
+/* four codes; p is a multiple of 4 */
+static inline uint32_t planish_load_word(const int8_t *p)
+{
+    uint32_t word;
+    __builtin_memcpy(&word, __builtin_assume_aligned(p, 4), 4);
+    return word;
+}
+
+static inline void planish_store_word(int8_t *p, uint32_t word)
+{
+    __builtin_memcpy(__builtin_assume_aligned(p, 4), &word, 4);
+}
+
+/* (low half of a, low half of b) */
+static inline uint32_t planish_low_halves(uint32_t a, uint32_t b)
+{
+    return (a & 0xFFFFu) | b << 16;
+}
+
+/* (high half of a, high half of b) */
+static inline uint32_t planish_high_halves(uint32_t a, uint32_t b)
+{
+    return a >> 16 | (b & 0xFFFF0000u);
+}
+
+/* bytes 0 and 2, sign extended */
+static inline uint32_t planish_even_bytes(uint32_t word)
+{
+#if defined(__ARM_FEATURE_DSP)
+    return (uint32_t)__sxtb16(word);
+#else
+    return (uint16_t)(int8_t)word | (uint32_t)(uint16_t)(int8_t)(word >> 16) << 16;
+#endif
+}
+
+/* bytes 1 and 3, sign extended */
+static inline uint32_t planish_odd_bytes(uint32_t word)
+{
+    return planish_even_bytes(word >> 8 | word << 24);
+}
+
+/* each byte less that of b, modulo 256 */
+static inline uint32_t planish_subtract_bytes(uint32_t a, uint32_t b)
+{
+#if defined(__ARM_FEATURE_DSP)
+    return (uint32_t)__ssub8((int8x4_t)a, (int8x4_t)b);
+#else
+    return ((a | 0x80808080u) - (b & 0x7F7F7F7Fu)) ^ ((a ^ ~b) & 0x80808080u);
+#endif
+}
+
+/* sum of both products of halves, and c */
+static inline int32_t planish_dot(uint32_t a, uint32_t b, int32_t c)
+{
+#if defined(__ARM_FEATURE_DSP)
+    return __smlad((int16x2_t)a, (int16x2_t)b, c);
+#else
+    return c + (int16_t)a * (int16_t)b + (int16_t)(a >> 16) * (int16_t)(b >> 16);
+#endif
+}
+
+/* float to the nearest integer, halves to even. |v| < 2^31 */
+static inline int32_t planish_nearest(float v)
+{
+#if defined(__ARM_FEATURE_DSP) && defined(__ARM_FP) && (__ARM_FP & 4)
+    union { float f; int32_t i; } bits;
+    __asm__("vcvtr.s32.f32 %0, %1" : "=t"(bits.f) : "t"(v)); /* by the rounding mode, which is this one after reset */
+    return bits.i;
+#else
+    const float whole = 8388608.0f; /* from 2^23 on every float is an integer */
+    if (v < whole && v > -whole) {
+        v = v < 0 ? (v - whole) + whole : (v + whole) - whole;
+    }
+    return (int32_t)v;
+#endif
+}
+
+#endif
