@@ -12,6 +12,7 @@ from ..common.errors import PlanishError, listed
 from ..export import codes
 from ..export.artifact import Artifact
 from ..export.c import MODEL
+from ..targets.target import Memory
 from .session import Arrays
 
 Array = np.ndarray[Any, Any]
@@ -61,6 +62,12 @@ class CModel:
     macs: int
     facts: dict[str, Any]
     """the whole file"""
+
+    @property
+    def regions(self) -> tuple[Memory, Memory] | None:
+        """Flash and RAM that the firmware was linked for; None for a project of another kind of target."""
+        found = self.facts.get("regions")
+        return None if found is None else (Memory(**found["flash"]), Memory(**found["ram"]))
 
     def pack(self, inputs: Arrays) -> list[Array]:
         """int8 (n, size) of every input. Raises PlanishError for inputs that are missing or have another shape."""

@@ -4,7 +4,7 @@
 
 The low end takes loads and stores as pipelined (one cycle a word), the shortest refill, and no flash waits: code in a zero-wait
 memory or a flash accelerator that always hits. The high end takes two cycles for a lone load or store, the longest refill, and
-`wait_states` cycles for every taken branch (a new flash line) and every word read from flash. Sources:
+`wait_states` cycles for every taken branch (a new flash line) and every access to constants in flash. Sources:
 
     cortex-m0plus  Arm DDI 0484 (Cortex-M0+ TRM r0p1), table 3-1: loads and stores 2, LDM/STM 1 + N, taken branches 2, MULS 1
     cortex-m3, m4  Arm 100165 and 100166 (TRM), table "instruction set summary": loads 2 or pipelined 1, LDM 1 + N, taken branches
@@ -19,38 +19,10 @@ It is an estimate of a range, not a measurement. `benchmarks/mcu.py --cycles` ho
 
 from __future__ import annotations
 
-from collections import Counter
-from dataclasses import dataclass, field
-from functools import cache
+from dataclasses import dataclass
 
+from .tally import Tally
 from .thumb import Kind
-
-
-@dataclass(frozen=True)
-class Work:
-    """What a layer, or a run, did: instructions by kind, words moved, branches taken."""
-
-    counts: Counter[Kind] = field(default_factory=Counter)
-    load_words: int = 0
-    store_words: int = 0
-    flash_words: int = 0
-    """data words read from flash, part of `load_words`"""
-    taken: int = 0
-    """taken branches: the next instruction was not the next in memory"""
-
-    @property
-    def instructions(self) -> int:
-        """All of them."""
-        return self.counts.total()
-
-    def __add__(self, other: Work) -> Work:
-        return Work(
-            self.counts + other.counts,
-            self.load_words + other.load_words,
-            self.store_words + other.store_words,
-            self.flash_words + other.flash_words,
-            self.taken + other.taken,
-        )
 
 
 @dataclass(frozen=True)
@@ -63,7 +35,7 @@ class Band:
 
 @dataclass(frozen=True)
 class Core:
-    """Cycles of one core. A pair is (low, high)."""
+    """Cycles of one core by its manual. A pair is (low, high)."""
 
     kinds: dict[Kind, tuple[float, float]]
     """per instruction; 1 where a kind is not named. Loads and stores: what an instruction costs besides its words"""
@@ -101,18 +73,22 @@ CORES = {
 }
 
 
-@cache
-def core(name: str) -> Core | None:
-    """The model of a core, None where there is none."""
-    return CORES.get(name)
+def estimate(work: Tally, core: str, wait_states: int | None = None) -> Band | None:
+    """Cycles of `work` on a core, None for one without a model. `wait_states` of the flash count at the high end only.
 
-
-def estimate(work: Work, model: Core, wait_states: int = 0) -> Band:
-    """Cycles of `work`. `wait_states` of the flash count at the high end only."""
+    Work that was counted without kinds (QEMU) takes one cycle an instruction at least; each word moved may cost another.
+    """
+    model = CORES.get(core)
+    if model is None:
+        return None
+    words = (work.loads or 0) + (work.stores or 0)
+    branches = work.branches or 0
     ends: list[float] = []
     for end in (0, 1):
-        total = sum(n * model.kinds.get(kind, ONE)[end] for kind, n in work.counts.items())
-        total += (work.load_words + work.store_words) * model.word[end] + work.taken * model.refill[end]
-        ends.append(total)
-    waits = wait_states * (work.taken + work.flash_words)
+        if work.kinds is None:
+            total = work.instructions + end * words
+        else:
+            total = sum(n * model.kinds.get(kind, ONE)[end] for kind, n in work.kinds.items()) + words * model.word[end]
+        ends.append(total + branches * model.refill[end])
+    waits = (wait_states or 0) * (branches + work.flash_reads)
     return Band(round(ends[0] / model.issue), round(ends[1] + waits))

@@ -8,7 +8,9 @@ empty function after every layer, which starts a block of its own, so that the c
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 import numpy as np
@@ -17,7 +19,7 @@ from ..common.errors import Missing, PlanishError, missing_extra
 from ..export import firmware
 from ..export.artifact import Artifact
 from ..targets import target as targets
-from . import c_model, qemu_system, thumb
+from . import c_model, cycles, qemu_system, thumb
 from .image import PAINT, Image, used_stack
 from .session import Arrays, Layer, Profile, Runtime, Session
 from .tally import Counts, Tally
@@ -65,6 +67,10 @@ class EmulatorSession(Session):
         if counts.order != expected:
             raise PlanishError(f"the firmware reported its layers in the order {counts.order}; {expected} was expected")
         stack = self.machine.stack_bytes()
+        target = self.machine.target
+        total, *layers = (cycles.estimate(n, target.core, target.wait_states) for n in (counts.total, *counts.layers))
+        latency = _scaled(total, 1e3, target.clock_hz)
+        microjoules = None if target.power is None else target.power.milliamperes * target.power.volts
         sizes = firmware.sizes(self.machine.elf_path)
         toolchain = self.model.facts.get("toolchain") or {}
         return Profile(
@@ -75,18 +81,25 @@ class EmulatorSession(Session):
             loads=counts.total.loads,
             stores=counts.total.stores,
             branches=counts.total.branches,
+            cycles_estimate=_pair(total),
+            latency_estimate_ms=latency,
+            energy_estimate_uj=None
+            if latency is None or microjoules is None
+            else (latency[0] * microjoules, latency[1] * microjoules),
             macs=self.model.macs,
             ram_bytes=sizes.ram + stack,
             stack_bytes=stack,
             flash_bytes=sizes.flash,
             file_bytes=self.machine.elf_path.stat().st_size,
             layers=tuple(
-                Layer(x["name"], x["op"], x["macs"], None, n.instructions, n.loads, n.stores, n.branches)
-                for x, n in zip(self.model.layers, counts.layers, strict=True)
+                Layer(x["name"], x["op"], x["macs"], None, n.instructions, n.loads, n.stores, n.branches, _pair(band))
+                for x, n, band in zip(self.model.layers, counts.layers, layers, strict=True)
             ),
             environment={
                 "emulator": self.machine.emulator,
-                "core": self.machine.target.core,
+                "core": target.core,
+                "wait_states": target.wait_states,
+                "current": None if target.power is None else target.power.source,
                 **toolchain,
             },
         )
@@ -96,13 +109,22 @@ class EmulatorSession(Session):
         self.machine.close()
 
 
+def _pair(band: cycles.Band | None) -> tuple[int, int] | None:
+    return None if band is None else (band.low, band.high)
+
+
+def _scaled(band: cycles.Band | None, factor: float, clock: int | None) -> tuple[float, float] | None:
+    """The band's ends in seconds times `factor`."""
+    return None if band is None or clock is None else (band.low * factor / clock, band.high * factor / clock)
+
+
 class Machine:
     """An emulated microcontroller that runs one firmware."""
 
     def __init__(self, artifact: Artifact, model: c_model.CModel) -> None:
         self.model = model
         self.target = targets.load(artifact.target)
-        self.flash, self.ram = firmware.regions(self.target)
+        self.flash, self.ram = model.regions or firmware.regions(self.target)
         if self.target.emulator != "unicorn":
             raise Missing(
                 f"target '{self.target.name}' ({self.target.core}) needs {self.target.emulator}: the unicorn package has no "
@@ -145,14 +167,27 @@ class Machine:
 
         counts = Counts()
         entry, mark, done = (self.symbols[s] for s in (f"{self.model.name}_run", "planish_layer_done", "planish_done"))
-        known: dict[tuple[int, int], tuple[int, int, int]] = {}  # instructions, loads, stores
+        blocks: dict[tuple[int, int], int] = {}  # how often each (address, size) was executed
+        read: dict[tuple[int, int], thumb.Block] = {}
         running = False
-        total = loads = stores = branches = 0
+        branches = flash_reads = 0
         expected = 0  # where the next block begins if no branch is taken; 0 after the mark, whose return is not model
-        last = Tally(0, 0, 0, 0)
+        last = Tally(0, 0, 0, 0, Counter())
+
+        def tally() -> Tally:
+            found: Counter[thumb.Kind] = Counter()
+            loads = stores = 0
+            for key, times in blocks.items():
+                if key not in read:
+                    read[key] = thumb.read(bytes(self.uc.mem_read(*key)), key[0])
+                loads += times * read[key].load_words
+                stores += times * read[key].store_words
+                for kind, n in read[key].counts.items():
+                    found[kind] += times * n
+            return Tally(found.total(), loads, stores, branches, found, flash_reads)
 
         def block(uc: Any, address: int, size: int, _: Any) -> None:
-            nonlocal running, total, loads, stores, branches, expected, last
+            nonlocal running, branches, expected, last
             if address == entry:
                 running, expected = True, address
             elif address == done:
@@ -161,24 +196,23 @@ class Machine:
                 return
             branches += bool(expected) and address != expected
             if address == mark:
-                now = Tally(total, loads, stores, branches)
+                now = tally()
                 counts.order.append(uc.reg_read(self.registers.UC_ARM_REG_R0))
                 counts.layers.append(now - last)
                 last, expected = now, 0
                 return  # the function itself is measuring, not model
             expected = address + size
             key = (address, size)
-            if key not in known:
-                code = bytes(uc.mem_read(address, size))
-                words = thumb.read(code, address)
-                known[key] = instructions(code), words.load_words, words.store_words
-            executed, read, written = known[key]
-            total += executed
-            loads += read
-            stores += written
+            blocks[key] = blocks.get(key, 0) + 1
 
-        self._hooked(unicorn.UC_HOOK_BLOCK, block, inputs)
-        counts.total = Tally(total, loads, stores, branches)
+        def access(*_: Any) -> None:
+            nonlocal flash_reads
+            flash_reads += running
+
+        first, end = self.flash.origin, self.flash.origin + self.flash.length - 1
+        with self._hook(unicorn.UC_HOOK_BLOCK, block), self._hook(unicorn.UC_HOOK_MEM_READ, access, first, end):
+            self.infer(inputs)
+        counts.total = tally()
         return counts
 
     def count_steps(self, inputs: list[np.ndarray]) -> int:
@@ -210,7 +244,8 @@ class Machine:
                 conditional = (address + 2, address + 2 + length)
                 state["total"] += count
 
-        self._hooked(unicorn.UC_HOOK_CODE, step, inputs)
+        with self._hook(unicorn.UC_HOOK_CODE, step):
+            self.infer(inputs)
         return state["total"]
 
     def stack_bytes(self) -> int:
@@ -221,11 +256,12 @@ class Machine:
     def close(self) -> None:
         """Nothing: the emulator lives in this process."""
 
-    def _hooked(self, kind: int, callback: Callable[..., None], inputs: list[np.ndarray]) -> None:
-        """One inference with a hook."""
-        hook = self.uc.hook_add(kind, callback)
+    @contextlib.contextmanager
+    def _hook(self, kind: int, callback: Callable[..., None], first: int = 1, last: int = 0) -> Iterator[None]:
+        """A hook on addresses from `first` to `last` (all of them by default) while the context lasts."""
+        hook = self.uc.hook_add(kind, callback, begin=first, end=last)
         try:
-            self.infer(inputs)
+            yield
         finally:
             self.uc.hook_del(hook)
 

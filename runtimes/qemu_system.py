@@ -184,7 +184,8 @@ def _counts(text: str) -> Counts:
     start = last = Tally()
     for line in text.splitlines():
         name, *numbers = line.split()
-        now = Tally(*map(int, numbers))
+        instructions, loads, stores, branches = map(int, numbers)
+        now = Tally(instructions, loads, stores, branches)
         if name == "run":
             start = last = now
         elif name == "mark":

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
+
+from .thumb import Kind
 
 
 @dataclass(frozen=True)
@@ -16,6 +19,10 @@ class Tally:
     """the same for writes"""
     branches: int | None = None
     """taken branches, calls and returns"""
+    kinds: Counter[Kind] | None = None
+    """`instructions` by kind"""
+    flash_reads: int = 0
+    """accesses to constants in flash, where they were counted"""
 
     def __sub__(self, other: Tally) -> Tally:
         """What was executed since `other`."""
@@ -28,6 +35,8 @@ class Tally:
             less(self.loads, other.loads),
             less(self.stores, other.stores),
             less(self.branches, other.branches),
+            None if self.kinds is None or other.kinds is None else self.kinds - other.kinds,
+            self.flash_reads - other.flash_reads,
         )
 
 

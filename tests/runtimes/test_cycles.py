@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 from planish.runtimes import cycles, thumb
+from planish.runtimes.tally import Tally
 
 capstone = pytest.importorskip("capstone", reason="capstone is not installed (extra 'mcu')")
 
@@ -45,23 +46,30 @@ def test_a_block_is_the_sum_of_its_instructions() -> None:
     assert block.load_words == sum(loads for _, loads, _ in CODES.values())
 
 
+def band(core: str, waits: int = 0, **work: object) -> cycles.Band:
+    found = cycles.estimate(Tally(**work), core, waits)  # pyright: ignore[reportArgumentType]
+    assert found is not None
+    return found
+
+
 def test_m4_table() -> None:
     """One load of a word takes 1 (pipelined) to 2 cycles, LDM of four 4 to 5, a taken branch 2 to 4 (Arm 100166)."""
-    m4 = cycles.core("cortex-m4")
-    assert m4 is not None
-    ldr = cycles.Work(Counter(load=1), load_words=1)
-    ldm = cycles.Work(Counter(load=1), load_words=4)
-    branch = cycles.Work(Counter(branch=1), taken=1)
-    assert cycles.estimate(ldr, m4) == cycles.Band(1, 2)
-    assert cycles.estimate(ldm, m4) == cycles.Band(4, 5)
-    assert cycles.estimate(branch, m4) == cycles.Band(2, 4)
-    assert cycles.estimate(branch, m4, wait_states=5) == cycles.Band(2, 9)
+    assert band("cortex-m4", instructions=1, kinds=Counter(load=1), loads=1, stores=0, branches=0) == cycles.Band(1, 2)
+    assert band("cortex-m4", instructions=1, kinds=Counter(load=1), loads=4, stores=0, branches=0) == cycles.Band(4, 5)
+    jump = {"instructions": 1, "kinds": Counter(branch=1), "loads": 0, "stores": 0, "branches": 1}
+    assert band("cortex-m4", **jump) == cycles.Band(2, 4)
+    assert band("cortex-m4", 5, **jump) == cycles.Band(2, 9)
 
 
 def test_band_grows_with_work() -> None:
-    work = cycles.Work(Counter(alu=10, load=3, branch=2), load_words=5, flash_words=2, taken=1)
-    for model in cycles.CORES.values():
-        one, two = cycles.estimate(work, model, 2), cycles.estimate(work + work, model, 2)
-        assert one.low <= one.high
-        assert two.low >= 2 * one.low - 1
-        assert two.high == 2 * one.high
+    one = {"kinds": Counter(alu=10, load=3, branch=2), "loads": 5, "stores": 0, "branches": 1, "flash_reads": 2}
+    two = {"kinds": Counter(alu=20, load=6, branch=4), "loads": 10, "stores": 0, "branches": 2, "flash_reads": 4}
+    for core in cycles.CORES:
+        a, b = band(core, 2, instructions=15, **one), band(core, 2, instructions=30, **two)
+        assert a.low <= a.high
+        assert b.low >= 2 * a.low - 1
+        assert b.high == 2 * a.high
+
+
+def test_no_band_without_a_model() -> None:
+    assert cycles.estimate(Tally(10), "cortex-a72") is None
