@@ -1,0 +1,88 @@
+/* What the assembly of the products with two columns shares; see product.h.
+ *
+ * Registers: r0 weights, r1 pairs; r4-r7 sums of the first column, r8-r11 of the second; r2 r3 weights, r12 lr activations. There
+ * is none left for a counter, so the loop ends where the pairs do. The stack holds, from sp on:
+ *   0 pairs, 4 where to enter the unrolled loop, 8 end of the pairs, 12 not used, 16 y, 20 groups left, 24 second, 28 zero points,
+ *   32 sums of the activations of both columns
+ */
+#ifndef PLANISH_DSP_PRODUCT_ASM_H
+#define PLANISH_DSP_PRODUCT_ASM_H
+
+/* BYTES: of code of one unit, of which the loop at label 2 has eight */
+#define PRODUCT_ENTER(BYTES)                                               \
+    ".syntax unified\n"                                                    \
+    "push {r4-r11, lr}\n"                                                  \
+    "sub sp, #40\n"                                                        \
+    "ldmia r0, {r0, r4, r5, r6}\n" /* weight, units, groups, zero points */ \
+    "strd r2, r5, [sp, #16]\n"                                             \
+    "strd r3, r6, [sp, #24]\n"                                             \
+    "add r7, r1, r4, lsl #4\n"                                             \
+    "str r7, [sp, #8]\n"                                                   \
+    "rsb r4, r4, #0\n"                                                     \
+    "and r4, r4, #7\n" /* units to skip in the first round */              \
+    "movs r5, #" BYTES "\n"                                                \
+    "adr r6, 2f\n"                                                         \
+    "mla r6, r4, r5, r6\n"                                                 \
+    "adds r6, #1\n"                                                        \
+    "strd r1, r6, [sp]\n"
+
+/* label 1: the next group */
+#define PRODUCT_GROUP              \
+    "1:\n"                         \
+    "ldmia r0!, {r4-r7}\n"         \
+    "mov r8, r4\n"                 \
+    "mov r9, r5\n"                 \
+    "mov r10, r6\n"                \
+    "mov r11, r7\n"                \
+    "ldmia.w sp, {r1, pc}\n"       \
+    ".p2align 2\n"                 \
+    "2:\n"                         \
+    ".rept 8\n"
+
+#define PRODUCT_LOOP               \
+    ".endr\n"                      \
+    "ldr r2, [sp, #8]\n"           \
+    "cmp r1, r2\n"                 \
+    "bne 2b\n"
+
+/* the sums to codes: four bytes of each column are one word */
+#define PRODUCT_REQUANTIZE                                                          \
+    "vldmia r0!, {s8-s11}\n"                                                        \
+    "vmov s0, s1, r4, r5\n"                                                         \
+    "vmov s2, s3, r6, r7\n"                                                         \
+    "vmov s4, s5, r8, r9\n"                                                         \
+    "vmov s6, s7, r10, r11\n"                                                       \
+    "vcvt.f32.s32 s0, s0\n vcvt.f32.s32 s1, s1\n vcvt.f32.s32 s2, s2\n vcvt.f32.s32 s3, s3\n" \
+    "vcvt.f32.s32 s4, s4\n vcvt.f32.s32 s5, s5\n vcvt.f32.s32 s6, s6\n vcvt.f32.s32 s7, s7\n" \
+    "vmul.f32 s0, s0, s8\n vmul.f32 s1, s1, s9\n vmul.f32 s2, s2, s10\n vmul.f32 s3, s3, s11\n" \
+    "vmul.f32 s4, s4, s8\n vmul.f32 s5, s5, s9\n vmul.f32 s6, s6, s10\n vmul.f32 s7, s7, s11\n" \
+    "vcvtr.s32.f32 s0, s0\n vcvtr.s32.f32 s1, s1\n vcvtr.s32.f32 s2, s2\n vcvtr.s32.f32 s3, s3\n" \
+    "vcvtr.s32.f32 s4, s4\n vcvtr.s32.f32 s5, s5\n vcvtr.s32.f32 s6, s6\n vcvtr.s32.f32 s7, s7\n" \
+    "vmov r4, r5, s0, s1\n"                                                         \
+    "vmov r6, r7, s2, s3\n"                                                         \
+    "vmov r8, r9, s4, s5\n"                                                         \
+    "vmov r10, r11, s6, s7\n"                                                       \
+    "ldrd r2, lr, [sp, #16]\n"                                                      \
+    "ldrd r3, r12, [sp, #24]\n"                                                     \
+    PRODUCT_CODES("r4", "r5", "r6", "r7")                                           \
+    PRODUCT_CODES("r8", "r9", "r10", "r11")                                         \
+    "str r8, [r2, r3]\n"                                                            \
+    "str r4, [r2], #4\n"                                                            \
+    "subs lr, #1\n"                                                                 \
+    "strd r2, lr, [sp, #16]\n"                                                      \
+    "bne 1b\n"                                                                      \
+    "add sp, #40\n"                                                                 \
+    "pop {r4-r11, pc}\n"
+
+/* four numbers (within 16 bits) plus r12, saturated, to the bytes of A: USAT16 counts codes from 0, the sign bit turns them back */
+#define PRODUCT_CODES(A, B, C, D)              \
+    "pkhbt " A ", " A ", " C ", lsl #16\n"     \
+    "pkhbt " B ", " B ", " D ", lsl #16\n"     \
+    "sadd16 " A ", " A ", r12\n"               \
+    "sadd16 " B ", " B ", r12\n"               \
+    "usat16 " A ", #8, " A "\n"                \
+    "usat16 " B ", #8, " B "\n"                \
+    "orr " A ", " A ", " B ", lsl #8\n"        \
+    "eor " A ", " A ", #0x80808080\n"
+
+#endif
