@@ -36,7 +36,7 @@ Weights = Annotated[Path | None, typer.Option("--weights", "-w", help="Weights f
 Inputs = Annotated[list[str] | None, typer.Option("--input", "-i", help="Input of a factory's model: name=1,3,32,32 (needed without --data).")]  # fmt: skip
 RuntimeName = Annotated[str | None, typer.Option("--runtime", help="Runtime to use instead of the target's own.")]
 Threads = Annotated[int, typer.Option("--threads", min=1, help="CPU threads.")]
-ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="file.py:factory, package.module:factory, .pt2, .onnx, a Hugging Face folder or a compressed folder.")]  # fmt: skip
+ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="file.py:factory, package.module:factory, .pt2, .onnx, an int8 .tflite, a Hugging Face folder or a compressed folder.")]  # fmt: skip
 INTERRUPTED = "interrupted; no output was written"
 
 ArtifactPath = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Folder written by `planish export`.")]
@@ -114,7 +114,7 @@ def export(
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Write the device artifact of a compressed model or an ONNX file."""
+    """Write the device artifact of a compressed model, an ONNX file or an int8 .tflite file."""
     from . import pipeline
 
     report = pipeline.export(

@@ -26,6 +26,7 @@ from .compress import forecast as forecasts
 from .compress import journal as journals
 from .compress import load as loading
 from .compress import recipe as recipes
+from .compress import tflite_import
 from .compress.blocks import MASK
 from .compress.data import Data, check
 from .compress.evaluation import cosine, top1
@@ -178,7 +179,7 @@ def export(
     inputs: Mapping[str, Input] | None = None,
     force: bool = False,
 ) -> dict[str, Any]:
-    """Write the artifact of a compressed model, an ONNX file (float or QDQ) or any other MODEL for a device.
+    """Write the artifact of a compressed model, an ONNX file (float or QDQ), an int8 .tflite file or any other MODEL for a device.
 
     Returns the keys of `planish export --json`. Raises PlanishError, having written nothing.
     """
@@ -233,8 +234,8 @@ def verify(artifact: Path, *, runtime: str | None = None, threads: int = 1) -> d
 def profile(
     artifact: Path, *, runtime: str | None = None, runs: int = 100, warmup: int = 10, threads: int = 1
 ) -> dict[str, Any]:
-    """Measure an artifact (or an .onnx file, exported for the host first), after `verify`: a wrong answer is not timed."""
-    if artifact.suffix == ".onnx":
+    """Measure an artifact (or an .onnx or .tflite file, exported for the host first), after `verify`: a wrong answer is not timed."""
+    if artifact.suffix in (".onnx", ".tflite"):
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch) / "artifact"
             export(str(artifact), output=folder)
@@ -566,8 +567,8 @@ def _source(
     path = Path(spec)
     name = "".join(c if c.isalnum() else "_" for c in (path.stem if path.suffix else path.name) or "model").strip("_")
     name = name if name and name[0].isalpha() else f"model_{name}"
-    if path.suffix == ".onnx":
-        proto = _read_onnx(path)
+    if path.suffix in (".onnx", ".tflite"):
+        proto = _read_onnx(path) if path.suffix == ".onnx" else tflite_import.load(path)
         samples = check(data, _onnx_inputs(proto)).inputs if data else _noise(proto, spec)
         return Source(proto, {k: v[:GOLDEN] for k, v in samples.items()}, name), {"model": spec}
     if (path / "manifest.json").is_file():

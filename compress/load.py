@@ -1,4 +1,4 @@
-"""Loading of every MODEL form to a `Model`: a factory with weights, .pt2, .onnx, or a compressed folder."""
+"""Loading of every MODEL form to a `Model`: a factory with weights, .pt2, .onnx, .tflite, or a compressed folder."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 
 from ..common.errors import PlanishError, listed
-from . import compressed, hugging_face, onnx_import, program_file, user_code, weights
+from . import compressed, hugging_face, onnx_import, program_file, tflite_import, user_code, weights
 from .data import Data
 from .model import Input, Model, from_program, trace
 
-FORMS = "path/to/file.py:factory, package.module:factory, a .pt2 program, an .onnx file, a Hugging Face folder or a compressed folder"
+FORMS = "path/to/file.py:factory, package.module:factory, a .pt2 program, an .onnx file, an int8 .tflite file, a Hugging Face folder or a compressed folder"
 DYNAMIC = 8
 """size of the example of a dynamic dimension"""
 DTYPES = {"float32": torch.float32, "int64": torch.int64, "int32": torch.int32}
@@ -61,8 +61,10 @@ def load(
                 f"'{spec}': --input gives {listed(named)} a dynamic dimension; an .onnx file takes sizes"
             )
         return onnx_import.load(path, {n: s.shape if isinstance(s, Input) else s for n, s in (inputs or {}).items()})
-    if inputs and (path.suffix == ".pt2" or path.is_dir()):
+    if inputs and (path.suffix in (".pt2", ".tflite") or path.is_dir()):
         raise PlanishError(f"'{spec}' carries its own input shapes; --input belongs to a factory or an .onnx file")
+    if path.suffix == ".tflite":
+        return onnx_import.to_model(tflite_import.load(path), spec)
     if path.suffix == ".pt2":
         program, mapped = program_file.open_mapped(path)
         return replace(from_program(program, None, spec), mapped=(mapped,))

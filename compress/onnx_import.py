@@ -390,7 +390,8 @@ def _gemm(n: Node) -> Any:
     if isinstance(weight, torch.Tensor):
         w = _linear_weight(n, weight if transposed else None, weight, alpha)
     else:
-        w = (weight if transposed else weight.t()) * alpha
+        w = weight if transposed else weight.t()
+        w = w if alpha == 1 else w * alpha  # a product would hide a quantized weight from what looks for layers
     bias: Any = n.value(2)
     if isinstance(bias, torch.Tensor):
         flat = bias.flatten() if bias.ndim == 2 and bias.shape[0] == 1 else bias

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ..kernels import layout
-from ..kernels.layout import CHANNELS_LAST
+from ..kernels.layout import CHANNELS_FIRST, CHANNELS_LAST
 from ..kernels.op import Node, Tensor
 from .graph import Graph, Port
 
@@ -71,12 +71,26 @@ def _input(port: Port, graph: Graph, moved: Mapping[str, Moved]) -> Port:
     return replace(port, tensor=readers[0].output, axes=next(iter(perms)) or port.axes)
 
 
+def _channels_last(image: Tensor, moved: Mapping[str, Moved]) -> Tensor | None:
+    """The tensor whose bytes are those of `image` (1, h, w, c) in its own order, where a Reshape made it of such."""
+    move = moved.get(image.name)
+    if move is None or move.type != "Reshape":
+        return None
+    before = moved.get(move.source.name)
+    if before is not None and before.axes == CHANNELS_LAST:
+        return before.source
+    return None if len(move.source.shape) == 4 else move.source
+
+
 def _flatten(graph: Graph, moved: Mapping[str, Moved]) -> Graph:
-    """Flatten a tensor in the order in which it lies in memory where what follows allows it: then it costs nothing."""
+    """Reshape a tensor in the order in which it lies in memory where the model does so, or what follows allows it: then it costs nothing."""
     nodes = {n.output.name: n for n in graph.nodes}
     outputs = {p.tensor.name for p in graph.outputs}
     for node in graph.nodes:
         move = moved.get(node.output.name)
+        if move is not None and move.axes == CHANNELS_FIRST and (source := _channels_last(move.source, moved)):
+            nodes[node.output.name] = Node("flatten", node.name, (source,), node.output)
+            continue
         if move is None or move.type != "Reshape" or len(node.output.shape) == 4:
             continue
         before = moved.get(move.source.name)

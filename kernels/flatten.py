@@ -1,4 +1,4 @@
-"""`Flatten`: reads a tensor in the order in which C stores it (channels last). It is the same bytes, so no code runs.
+"""`Flatten`: a tensor under another shape, in the order in which C stores both (channels last). It is the same bytes, so no code runs.
 
 ONNX has no such op: the graph rewriter (export/rewrite.py) puts it where an ONNX Reshape and the op after it allow it.
 """
@@ -12,7 +12,7 @@ from .op import Array, Call, FloatOp, Node, Op
 
 
 class Flatten(Op):
-    """(n, c, h, w) to the output's shape, elements in the order h, w, c."""
+    """Elements keep their place in memory: of (n, c, h, w) the order is h, w, c."""
 
     onnx_types: ClassVar[tuple[str, ...]] = ()
 
@@ -21,9 +21,9 @@ class Flatten(Op):
         return None
 
     def reference(self, node: Node, *inputs: Array) -> Array:
-        """int8 codes (n, *shape[1:]) for int8 codes (n, c, h, w)."""
+        """int8 codes (n, *shape[1:]) for int8 codes (n, ...)."""
         x = inputs[0]
-        return layout.to_memory(x).reshape(x.shape[0], *node.output.shape[1:])
+        return layout.from_memory(layout.to_memory(x), node.output.shape)
 
     def macs(self, node: Node) -> int:
         """None."""
