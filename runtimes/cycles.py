@@ -4,7 +4,8 @@
 
 The low end takes loads and stores as pipelined (one cycle a word), the shortest refill, and no flash waits: code in a zero-wait
 memory or a flash accelerator that always hits. The high end takes two cycles for a lone load or store, the longest refill, and
-`wait_states` cycles for every taken branch (a new flash line) and every access to constants in flash. Sources:
+`wait_states` cycles for every taken branch (a new flash line) and every fourth word loaded (a line of 16 bytes, as if all loads
+came from flash). Sources:
 
     cortex-m0plus  Arm DDI 0484 (Cortex-M0+ TRM r0p1), table 3-1: loads and stores 2, LDM/STM 1 + N, taken branches 2, MULS 1
     cortex-m3, m4  Arm 100165 and 100166 (TRM), table "instruction set summary": loads 2 or pipelined 1, LDM 1 + N, taken branches
@@ -47,6 +48,8 @@ class Core:
     """instructions that may start together in the best case: the low end is divided by it"""
 
 
+LINE = 4
+"""words of a flash line: 128 bits on the STM32 devices here"""
 ONE: tuple[float, float] = (1, 1)
 M4 = Core(
     kinds={
@@ -90,5 +93,5 @@ def estimate(work: Tally, core: str, wait_states: int | None = None) -> Band | N
         else:
             total = sum(n * model.kinds.get(kind, ONE)[end] for kind, n in work.kinds.items()) + words * model.word[end]
         ends.append(total + branches * model.refill[end])
-    waits = (wait_states or 0) * (branches + work.flash_reads)
+    waits = (wait_states or 0) * (branches + (work.loads or 0) / LINE)
     return Band(round(ends[0] / model.issue), round(ends[1] + waits))

@@ -170,7 +170,7 @@ class Machine:
         blocks: dict[tuple[int, int], int] = {}  # how often each (address, size) was executed
         read: dict[tuple[int, int], thumb.Block] = {}
         running = False
-        branches = flash_reads = 0
+        branches = 0
         expected = 0  # where the next block begins if no branch is taken; 0 after the mark, whose return is not model
         last = Tally(0, 0, 0, 0, Counter())
 
@@ -184,7 +184,7 @@ class Machine:
                 stores += times * read[key].store_words
                 for kind, n in read[key].counts.items():
                     found[kind] += times * n
-            return Tally(found.total(), loads, stores, branches, found, flash_reads)
+            return Tally(found.total(), loads, stores, branches, found)
 
         def block(uc: Any, address: int, size: int, _: Any) -> None:
             nonlocal running, branches, expected, last
@@ -205,12 +205,7 @@ class Machine:
             key = (address, size)
             blocks[key] = blocks.get(key, 0) + 1
 
-        def access(*_: Any) -> None:
-            nonlocal flash_reads
-            flash_reads += running
-
-        first, end = self.flash.origin, self.flash.origin + self.flash.length - 1
-        with self._hook(unicorn.UC_HOOK_BLOCK, block), self._hook(unicorn.UC_HOOK_MEM_READ, access, first, end):
+        with self._hook(unicorn.UC_HOOK_BLOCK, block):
             self.infer(inputs)
         counts.total = tally()
         return counts
@@ -257,9 +252,9 @@ class Machine:
         """Nothing: the emulator lives in this process."""
 
     @contextlib.contextmanager
-    def _hook(self, kind: int, callback: Callable[..., None], first: int = 1, last: int = 0) -> Iterator[None]:
-        """A hook on addresses from `first` to `last` (all of them by default) while the context lasts."""
-        hook = self.uc.hook_add(kind, callback, begin=first, end=last)
+    def _hook(self, kind: int, callback: Callable[..., None]) -> Iterator[None]:
+        """A hook while the context lasts. (Not one on memory reads: unicorn 2.1.4 then runs LDM wrongly.)"""
+        hook = self.uc.hook_add(kind, callback)
         try:
             yield
         finally:

@@ -21,8 +21,6 @@ class Tally:
     """taken branches, calls and returns"""
     kinds: Counter[Kind] | None = None
     """`instructions` by kind"""
-    flash_reads: int = 0
-    """accesses to constants in flash, where they were counted"""
 
     def __sub__(self, other: Tally) -> Tally:
         """What was executed since `other`."""
@@ -36,7 +34,6 @@ class Tally:
             less(self.stores, other.stores),
             less(self.branches, other.branches),
             None if self.kinds is None or other.kinds is None else self.kinds - other.kinds,
-            self.flash_reads - other.flash_reads,
         )
 
 
