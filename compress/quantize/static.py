@@ -1,9 +1,10 @@
-"""Static post-training quantization to int8: quantize/dequantize pairs around the ops that run in integers.
+"""Static post-training quantization to integers: quantize/dequantize pairs around the ops that run in integers.
 
-Weights are symmetric per output channel, activations affine per tensor in uint8 codes with ranges from calibration
+Weights are symmetric per output channel, of 8, 4 or 2 bits, activations affine per tensor in uint8 codes with ranges from calibration
 data, biases int32 with scale = input scale * weight scale (Jacob et al. 2018, section 2; Krishnamoorthi 2018). Rounding
 moves a layer's mean output; bias correction subtracts that shift per channel (Nagel et al. 2019, section 4.2, with
-the expectation taken over the calibration data).
+the expectation taken over the calibration data). Codes of 4 and 2 bits lie in [-2^(bits-1), 2^(bits-1) - 1], are rounded so that
+later inputs make up for the error of earlier ones (compensation.py), and are kept as int8, which every runtime takes; the C code packs them.
 
 Where pairs go. An op of COMPUTE or TABLE has its inputs quantized and its output quantized, after a ReLU or clip that
 follows it alone, which then costs nothing: the output's range is the clip. Ops of TRANSPORT only move or select values, so
@@ -16,7 +17,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 from math import prod
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import pydantic
 import torch
@@ -30,6 +31,7 @@ from ..fold import canonicalize, fold_batch_norm
 from ..layers import is_constant
 from ..model import Entry, Model
 from ..passes import Context, Pass, matches
+from . import compensation
 from .observers import Batches, Observer, Statistics, choose, collect, place, watch
 
 aten = torch.ops.aten
@@ -85,7 +87,7 @@ class Parameters:
 
 
 class Static(Pass):
-    """Post-training static quantization: 8-bit weights and activations, integer arithmetic throughout."""
+    """Post-training static quantization: weights of 8, 4 or 2 bits, 8-bit activations, integer arithmetic throughout."""
 
     needs_data: ClassVar[bool] = True
 
@@ -93,8 +95,14 @@ class Static(Pass):
     """how an activation's range is chosen from the calibration data"""
     percentile: float = pydantic.Field(default=99.99, gt=50, le=100)
     """for observer 'percentile': the share of values, in percent, that each end of the range keeps"""
-    weight_observer: Observer = "minmax"
-    """how a weight channel's range is chosen: minmax or mse"""
+    weight_bits: Literal[8, 4, 2] = 8
+    """of weight codes; below 8 they are stored in 8 bits everywhere but in C"""
+    ends_bits: Literal[8, 4, 2] | None = None
+    """of the first and the last layer's weights; null for as many as of the others"""
+    weight_observer: Observer | None = None
+    """how a weight channel's range is chosen: minmax or mse; null for minmax at 8 bits and mse below"""
+    rounding: Literal["nearest", "compensated"] | None = None
+    """of weights: each to its nearest code, or so that the layer's output errs least; null for nearest at 8 bits and compensated below"""
     samples: int = pydantic.Field(default=512, ge=1)
     """calibration samples, drawn from the data by the recipe's seed"""
     bias_correction: bool = True
@@ -103,7 +111,7 @@ class Static(Pass):
 
     @pydantic.field_validator("weight_observer")
     @classmethod
-    def _no_weight_percentile(cls, value: Observer) -> Observer:
+    def _no_weight_percentile(cls, value: Observer | None) -> Observer | None:
         if value == "percentile":
             raise ValueError("a weight's range is chosen by 'minmax' or 'mse'")
         return value
@@ -123,7 +131,7 @@ class Static(Pass):
         plan = _Plan(module, self.skip, {i.name for i in model.inputs if i.state})
         _own_biases(module, [n for n in plan.compute if n.target in WEIGHTED])
         entries: list[Entry] = [*plan.left]
-        quantized = self._weights(module, plan, entries)
+        quantized = self._weights(module, plan, entries, batches)
         if self.bias_correction:
             _correct_biases(module, quantized, batches)
         parameters = self._activations(module, plan, batches)
@@ -134,28 +142,50 @@ class Static(Pass):
         layers.drop_unused(module)
         return model.with_receipt(*entries)
 
-    def _weights(self, module: GraphModule, plan: _Plan, entries: list[Entry]) -> dict[Node, Weight]:
+    def _weights(self, module: GraphModule, plan: _Plan, entries: list[Entry], batches: Batches) -> dict[Node, Weight]:
         """Codes of every weight that runs in integers, by the node that uses it; the graph reads the dequantized codes."""
+        nodes = [n for n in plan.compute if n.target in WEIGHTED]
+        bits = {n: self._bits(nodes, n) for n in nodes}
+        compensated = [
+            n for n in nodes if (self.rounding or ("nearest" if bits[n] == 8 else "compensated")) != "nearest"
+        ]
+        products = (
+            compensation.hessians(module, compensated, track(batches(), "measuring inputs")) if compensated else {}
+        )
         found: dict[Node, Weight] = {}
-        for node in track([n for n in plan.compute if n.target in WEIGHTED], "quantizing weights"):
+        for node in track(nodes, "quantizing weights"):
             source = node.args[1]
             assert isinstance(source, Node)
             value = layers.read(module, source).float()  # (out, ...)
             if not torch.isfinite(value).all():
                 raise PlanishError(f"layer '{layers.layer(node)}': its weight has NaN or Inf values")
-            scale = _weight_scale(value, self.weight_observer)  # (out,)
+            low, high = _limits(bits[node])
+            observer = self.weight_observer or ("minmax" if bits[node] == 8 else "mse")
+            scale = _weight_scale(value, observer, low, high)  # (out,)
             zero = torch.zeros(len(scale), dtype=torch.int8)
-            codes = affine.quantize(value, scale, zero, 0, -127, 127, torch.int8)
+            if node in products:  # all uses of a weight together decide its codes
+                same = [products[n] for n in products if layers.parameter(n.args[1]) == layers.parameter(source)]
+                rounded = compensation.rounded(value, scale, sum(same[1:], same[0]), low, high, layers.layer(node))
+                codes = rounded.to(torch.int8)
+            else:
+                codes = affine.quantize(value, scale, zero, 0, low, high, torch.int8)
             name = str(source.target)
             node.update_arg(1, _stored(module, node, name, value, (codes, scale, zero)))
             real = affine.dequantize(codes, scale, zero, 0)
-            found[node] = Weight(value, real, scale)
+            found[node] = Weight(value, real, scale, bits[node])
             error = float((real - value).norm() / value.norm().clamp_min(1e-30))
-            before = 4 * value.numel()
-            entries.append(
-                Entry(name, "quantized", "int8 symmetric per channel", before, value.numel() + 5 * len(scale), error)
-            )
+            before, after = 4 * value.numel(), value.numel() + 5 * len(scale)
+            reason = f"int{bits[node]} symmetric per channel"
+            if bits[node] < 8:
+                reason += f", kept in 8 bits; {-(-value.numel() * bits[node] // 8)} bytes of codes when packed, as in C"
+            entries.append(Entry(name, "quantized", reason, before, after, error))
         return found
+
+    def _bits(self, nodes: list[Node], node: Node) -> int:
+        """Bits of a layer's weights: the same for all uses of one."""
+        ends = {layers.parameter(nodes[i].args[1]) for i in (0, -1)}
+        at_end = self.ends_bits is not None and layers.parameter(node.args[1]) in ends
+        return self.ends_bits if at_end and self.ends_bits is not None else self.weight_bits
 
     def _activations(self, module: GraphModule, plan: _Plan, batches: Batches) -> dict[Node, Parameters]:
         """Scale and zero point for every activation that the plan quantizes; transported tensors share their source's."""
@@ -175,11 +205,17 @@ class Static(Pass):
 
 @dataclass(frozen=True)
 class Weight:
-    """A quantized weight: the original, what the codes stand for, and the scale per channel (out,)."""
+    """A quantized weight: the original, what the codes stand for, the scale per channel (out,), and the codes' bits."""
 
     original: torch.Tensor
     restored: torch.Tensor
     scale: torch.Tensor
+    bits: int
+
+
+def _limits(bits: int) -> tuple[int, int]:
+    """Least and largest code of a weight. At 8 bits -128 is left out: runtimes that add pairs of products could overflow."""
+    return (-127, 127) if bits == 8 else (-(1 << bits - 1), (1 << bits - 1) - 1)
 
 
 def _refuse_other_floats(model: Model) -> None:
@@ -337,17 +373,17 @@ def _is_float(node: Node) -> bool:
     return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
-def _weight_scale(weight: torch.Tensor, observer: Observer) -> torch.Tensor:
-    """(out,) scales so that codes span -127..127; 'mse' tries smaller ranges per channel. All-zero channels get 1."""
+def _weight_scale(weight: torch.Tensor, observer: Observer, low: int, high: int) -> torch.Tensor:
+    """(out,) scales so that codes span low..high; 'mse' tries smaller ranges per channel. All-zero channels get 1."""
     flat = weight.reshape(len(weight), -1)  # (out, n)
-    peak = flat.abs().amax(1)  # (out,)
-    best = torch.where(peak > 0, peak, torch.ones_like(peak) * 127) / 127
+    peak = torch.maximum(flat.amax(1) / high, flat.amin(1) / low).clamp_min(0)  # (out,)
+    best = torch.where(peak > 0, peak, torch.ones_like(peak))
     if observer == "mse":
         least = torch.full_like(best, float("inf"))
         full = best.clone()
-        for factor in torch.linspace(0.5, 1.0, 51):
+        for factor in torch.linspace(0.5 if high > 7 else 0.2, 1.0, 51 if high > 7 else 81):
             scale = full * factor
-            codes = torch.clamp(torch.round(flat / scale[:, None]), -127, 127)
+            codes = torch.clamp(torch.round(flat / scale[:, None]), low, high)
             error = ((codes * scale[:, None] - flat) ** 2).sum(1)
             better = error < least
             least, best = torch.where(better, error, least), torch.where(better, scale, best)
@@ -483,7 +519,11 @@ def _room_for_biases(module: GraphModule, weights: dict[Node, Weight]) -> dict[s
         name = _weight_name(node)
         if not torch.equal(scales[name], weight.scale):
             zero = torch.zeros(len(weight.scale), dtype=torch.int8)
-            codes = affine.quantize(weight.original, scales[name], zero, 0, -127, 127, torch.int8)
+            codes = affine.quantize(weight.original, scales[name], zero, 0, *_limits(weight.bits), torch.int8)
+            raised = (scales[name] != weight.scale).reshape(
+                -1, *[1] * (codes.ndim - 1)
+            )  # the others keep their rounding
+            codes = torch.where(raised, codes, layers.tensor(module, f"{name}_codes"))
             layers.set_tensor(module, f"{name}_codes", codes)
             layers.set_tensor(module, f"{name}_scale", scales[name])
     return scales
