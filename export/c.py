@@ -157,7 +157,8 @@ def _facts(project: Project) -> dict[str, Any]:
         ],
         "memory": {
             "arena": plan.arena,
-            "bound": plan.bound,
+            "bound": project.memory.bound,
+            "least": plan.least,
             "weights": project.weight_bytes,
             "buffers": [
                 {

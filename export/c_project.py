@@ -81,7 +81,9 @@ class Layer:
     function: str
     """of the kernel"""
     name: str
-    """of the layer struct"""
+    """of the layer struct; layers with the same constants share one"""
+    label: str
+    """what names of its own begin with"""
     fields: Mapping[str, str]
     arrays: tuple[CArray, ...]
     arguments: tuple[str, ...]
@@ -185,43 +187,75 @@ class Project:
         return sorted({h for layer in self.layers for h in layer.call.headers})
 
     @property
+    def structs(self) -> list[Layer]:
+        """The first layer of every struct."""
+        return list({layer.name: layer for layer in reversed(self.layers)}.values())[::-1]
+
+    @property
+    def arrays(self) -> list[tuple[Layer, CArray]]:
+        """Every constant array, and the first layer that uses it."""
+        first = {a.name: (layer, a) for layer in reversed(self.layers) for a in reversed(layer.arrays)}
+        return list(first.values())[::-1]
+
+    @property
     def weight_bytes(self) -> int:
         """Bytes of all constant arrays."""
-        return sum(a.values.nbytes for layer in self.layers for a in layer.arrays)
+        return sum(a.values.nbytes for _, a in self.arrays)
 
 
 def build(graph: Graph, title: str, features: Iterable[str] = ()) -> Project:
     """The project for a deployment graph on a core with `features`. Identifiers come from the model's names."""
     name = identifier(title, set())
-    calls = {n.name: version.choose(graph.ops, n, features) for n in graph.nodes if not graph.alias(n)}
+    silent = memory.idle(graph)
+    calls = {n.name: version.choose(graph.ops, n, features) for n in graph.nodes if n.name not in silent}
     instances = _instances([(n, calls[n.name]) for n in graph.nodes if n.name in calls])
     plan = memory.of(graph, calls)
     taken: set[str] = set()
     tensors = {t: identifier(t, taken) for t in graph.tensors}
-    root: dict[str, str] = {}
-    for node in graph.nodes:
-        if node.name not in calls:
-            root[node.output.name] = root.get(node.inputs[0].name, node.inputs[0].name)
-    pointer = {t: tensors[root.get(t, t)] for t in tensors}
+    first: dict[memory.View, str] = {}
+    for tensor in tensors:
+        first.setdefault(plan.views[tensor], tensor)
+    pointer = {t: tensors[first[plan.views[t]]] for t in tensors}
     layers: list[Layer] = []
     scratch: dict[str, int] = {}
+    shared = _Shared({}, {})
     for node in graph.nodes:
         if node.name in calls:
             call = calls[node.name]
             instance = instances.get(_key(call))
             function = instance.function if instance else f"planish_{call.kernel}"
-            layers.append(_layer(graph, node, call, function, len(layers), pointer, taken, name))
-            if calls[node.name].scratch:
-                scratch[f"{layers[-1].name}_scratch"] = plan.scratch[node.name]
+            label = identifier(node.name, taken)
+            layers.append(_layer(graph, node, call, function, len(layers), pointer, label, name, shared))
+            if call.scratch:
+                scratch[f"{label}_scratch"] = plan.scratch[node.name]
     used = {a for layer in layers for a in (*layer.arguments, *layer.sources)}
     buffers = [
-        Buffer(tensors[t.name], t, plan.offsets[t.name], shape_text(layout.memory_shape(t.shape)))
-        for t in graph.tensors.values()
-        if t.name not in root and tensors[t.name] in used
+        Buffer(tensors[t], graph.tensors[t], plan.offsets[t], shape_text(layout.memory_shape(graph.tensors[t].shape)))
+        for t in first.values()
+        if tensors[t] in used
     ]
     inputs, outputs = (_borders(ports, plan) for ports in (graph.inputs, graph.outputs))
     used_instances = tuple(instances.values())
     return Project(name, title, graph, plan, tuple(layers), used_instances, tuple(buffers), scratch, inputs, outputs)
+
+
+@dataclass(frozen=True)
+class _Shared:
+    """Constants that several layers use: patches of one map run the same layer many times."""
+
+    arrays: dict[tuple[str, bytes], str]
+    """name by type and content"""
+    structs: dict[tuple[object, ...], str]
+    """name by kernel, numbers and arrays"""
+
+    def array(self, values: Array, name: str) -> str:
+        """The name of an array of these values: `name` when there is none yet."""
+        return self.arrays.setdefault((str(values.dtype), values.tobytes()), name)
+
+    def struct(self, kernel: str, fields: Mapping[str, str], arrays: Iterable[CArray], name: str) -> str:
+        """The name of a struct with these members: `name` when there is none yet."""
+        key = (kernel, *fields.items(), *((a.member, a.name) for a in arrays))
+        return self.structs.setdefault(key, name)
 
 
 def _key(call: Call) -> tuple[object, ...]:
@@ -266,24 +300,31 @@ def _layer(
     function: str,
     index: int,
     pointer: Mapping[str, str],
-    taken: set[str],
+    label: str,
     model: str,
+    shared: _Shared,
 ) -> Layer:
-    name = identifier(node.name, taken)
     arrays = tuple(
-        CArray(member, f"{model}_{name}_{member}", TYPES[str(values.dtype)], values, call.comments.get(member, ""))
+        CArray(
+            member,
+            shared.array(values, f"{model}_{label}_{member}"),
+            TYPES[str(values.dtype)],
+            values,
+            call.comments.get(member, ""),
+        )
         for member, values in call.arrays.items()
     )
-    inputs = tuple(pointer[t.name] for t in node.inputs)
-    ends = [pointer[node.output.name], *([f"{name}_scratch"] if call.scratch else [])]
-    arguments = (f"{name}_inputs" if call.input_array else None, *ends)
+    inputs = tuple(pointer[t.name] for i, t in enumerate(node.inputs) if i != call.updates)
+    ends = [pointer[node.output.name], *([f"{label}_scratch"] if call.scratch else [])]
+    arguments = (f"{label}_inputs" if call.input_array else None, *ends)
     listed = tuple(a for a in arguments if a is not None) if call.input_array else (*inputs, *ends)
     shapes = ", ".join(shape_text(layout.memory_shape(t.shape)) for t in node.inputs)
     comment = f"{node.name}: {node.op}, {shapes} -> {shape_text(layout.memory_shape(node.output.shape))}"
     fields = {k: number(v) if isinstance(v, float | np.floating) else str(v) for k, v in call.fields.items()}
     sources = inputs if call.input_array else ()
     macs = graph.ops[node.op].macs(node)
-    return Layer(index, node, call, function, name, fields, arrays, listed, sources, safe(comment), macs)
+    name = shared.struct(call.kernel, fields, arrays, label)
+    return Layer(index, node, call, function, name, label, fields, arrays, listed, sources, safe(comment), macs)
 
 
 def _borders(ports: Iterable[Port], plan: memory.Memory) -> tuple[Border, ...]:

@@ -9,9 +9,12 @@ and the sum runs over the window's taps row by row:
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from . import integer, window
+from .c import overlap
 from .op import Array, Call, FloatOp, Node, Op
 from .parsing import clamp, flag, four, only
 
@@ -65,6 +68,7 @@ class AveragePool(Op):
                 "y_scale": float(node.output.scale),
             },
             arrays={},
+            overlap=overlap.of_pixels_read_late(node, overlap.blocks(math.prod(node.output.shape[2:]), 1)),
         )
 
 

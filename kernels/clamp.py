@@ -44,6 +44,8 @@ class Clamp(Op):
             sources=("clamp_codes.c",),
             fields={"size": node.output.size, "low": node.attributes["low"], "high": node.attributes["high"]},
             arrays={},
+            overlap=0,
+            in_place=(0,),
         )
 
 

@@ -50,6 +50,7 @@ class Concat(Op):
         """See Op. Inputs of the same quantization share one table."""
         at = layout.order(len(node.output.shape)).index(node.attributes["axis"])
         shapes = [layout.memory_shape(x.shape) for x in node.inputs]
+        outer = math.prod(shapes[0][:at])
         tables: list[Array] = []
         mapped: list[int] = []
         for i in range(len(node.inputs)):
@@ -61,7 +62,7 @@ class Concat(Op):
         return Call(
             kernel="concat",
             sources=("concat.c",),
-            fields={"inputs": len(node.inputs), "outer": math.prod(shapes[0][:at])},
+            fields={"inputs": len(node.inputs), "outer": outer},
             arrays={
                 "widths": np.array([math.prod(s[at:]) for s in shapes], np.int32),
                 "mapped": np.array(mapped, np.int32),
@@ -73,4 +74,5 @@ class Concat(Op):
                 "tables": "new code for every code from -128 on",
             },
             input_array=True,
+            overlap=(outer - 1) * (node.output.size - node.inputs[0].size) // outer,
         )

@@ -14,6 +14,7 @@ import math
 import numpy as np
 
 from . import integer, weights, window
+from .c import overlap
 from .op import Array, Call, Constant, FloatOp, Node, Op, Unsupported
 from .parsing import clamp, four, only
 
@@ -95,7 +96,16 @@ class Conv2d(Op):
                 "rescale": f"out {outputs}; x_scale * w_scale / y_scale",
             },
             scratch=0 if direct else 2 * depth * kh * kw,
+            overlap=_overlap(node, direct),
         )
+
+
+def _overlap(node: Node, direct: bool) -> int | None:
+    """See Call. Two pixels at a time; a pixel that is not gathered is read until its last output is written."""
+    if node.attributes["groups"] > 1:
+        return None  # every group begins at the first pixel again
+    ends = overlap.blocks(math.prod(node.output.shape[2:]), 2)
+    return overlap.of_pixels_read_late(node, ends) if direct else overlap.of_pixels(node, ends)
 
 
 def is_depthwise(node: FloatOp) -> bool:

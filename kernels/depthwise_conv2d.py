@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from . import conv2d, weights, window
+from .c import overlap
 from .op import Array, Call, FloatOp, Node, Op
 
 
@@ -75,4 +76,5 @@ class DepthwiseConv2d(Op):
                 "folded_bias": f"out {outputs}; with x_zero_point folded in, for whole windows",
                 "rescale": f"out {outputs}; x_scale * w_scale / y_scale",
             },
+            overlap=overlap.of_pixels_read_late(node, overlap.blocks(rows * columns, 1)),
         )

@@ -75,6 +75,8 @@ def call(node: Node, kernel: str, fields: Mapping[str, float]) -> Call:
         },
         arrays={"operand": np.ascontiguousarray(operand).reshape(-1)} if constant else {},
         comments={"operand": f"{small} codes, channels last"},
+        overlap=0,
+        in_place=(0, 1) if not constant and small == size else (0,),
     )
 
 

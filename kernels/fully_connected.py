@@ -13,6 +13,7 @@ import math
 import numpy as np
 
 from . import integer, weights
+from .c import overlap
 from .op import Array, Call, Constant, FloatOp, Node, Op, Unsupported
 from .parsing import clamp, flag, only
 
@@ -88,4 +89,5 @@ class FullyConnected(Op):
                 "bias": f"out {outputs}; with x_zero_point folded in",
                 "rescale": f"out {outputs}; x_scale * w_scale / y_scale",
             },
+            overlap=overlap.of_rows(node),
         )

@@ -61,6 +61,7 @@ class GlobalAveragePool(Op):
                 "rescale": float(factor(node)),
             },
             arrays={},
+            overlap=0,
         )
 
 

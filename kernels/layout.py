@@ -13,6 +13,9 @@ MOST_DIMENSIONS = 6
 
 CHANNELS_LAST, CHANNELS_FIRST = (0, 2, 3, 1), (0, 3, 1, 2)
 
+ALIGNMENT = 4
+"""bytes: of every address that kernels are given"""
+
 
 def order(rank: int) -> tuple[int, ...]:
     """ONNX axes in the order of memory, outermost first."""
@@ -61,7 +64,17 @@ def strided_copy(node: Node, offset: int, steps: Sequence[int]) -> Call:
             "strides": "in the input",
             "table": "new code for every code from -128 on",
         },
+        overlap=_lag([(node.output.shape[a], steps[a]) for a in axes], offset),
     )
+
+
+def _lag(loops: Sequence[tuple[int, int]], offset: int) -> int:
+    """How far an output must begin before its input when element k, in order, is read at `offset` + its (index, step) sums."""
+    read = np.full(1, offset, np.int64)
+    for size, step in loops:
+        read = (read[:, None] + np.arange(size, dtype=np.int64) * step).reshape(-1)
+    later = np.minimum.accumulate(read[::-1])[::-1]  # (elements,) the first that is read from element k on
+    return max(0, int((np.arange(1, len(read)) - later[1:]).max(initial=0)))
 
 
 def block(

@@ -109,4 +109,6 @@ def call(node: Node) -> Call:
         fields={"size": math.prod(node.output.shape)},
         arrays={"table": node.constants["table"]},
         comments={"table": "new code for every code from -128 on"},
+        overlap=0,
+        in_place=(0,),
     )

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from . import integer, window
+from .c import overlap
 from .op import Array, Call, FloatOp, Node, Op, Unsupported
 from .parsing import flag, four, only, tables
 
@@ -43,4 +46,5 @@ class MaxPool(Op):
             fields=window.pool_fields(node),
             arrays=dict(node.constants),
             comments={"table": "new code for every code from -128 on"},
+            overlap=overlap.of_pixels_read_late(node, overlap.blocks(math.prod(node.output.shape[2:]), 1)),
         )

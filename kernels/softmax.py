@@ -75,6 +75,8 @@ class Softmax(Op):
             },
             arrays=dict(node.constants),
             comments={"exponentials": "of the largest code less 255, 254, ..., 0"},
+            overlap=0 if math.prod(shape[at + 1 :]) == 1 else None,
+            in_place=(0,),
         )
 
 

@@ -38,6 +38,21 @@ def of_pixels(node: Node, ends: Array | Sequence[int]) -> int:
     return least([_end(node.output, int(n) * outputs) for n in done], needed(node)[done])
 
 
+def of_pixels_read_late(node: Node, ends: Array | Sequence[int]) -> int:
+    """The same for a kernel that reads a block's windows until the block's last output is written."""
+    done = np.asarray(ends, np.int64)
+    begins = np.concatenate([[0], done[:-1]])
+    return least([_end(node.output, int(n) * node.output.shape[1]) for n in done], needed(node)[begins])
+
+
+def of_rows(node: Node) -> int:
+    """The least d of an op on rows of the last dimension: a row is read until its last output is written."""
+    rows = np.arange(node.inputs[0].size // node.inputs[0].shape[-1], dtype=np.int64)
+    depth, outputs = node.inputs[0].shape[-1], node.output.shape[-1]
+    x = node.inputs[0]
+    return least([_end(node.output, int(r + 1) * outputs) for r in rows], rows * depth * x.bits // 8)
+
+
 def blocks(pixels: int, block: int) -> Int64:
     """`ends` of blocks of `block` pixels each, the last one with what is left."""
     return np.minimum(np.arange(block, pixels + block, block, dtype=np.int64), pixels)
