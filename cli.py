@@ -111,6 +111,10 @@ def export(
     data: Arrays = None,
     weights: Weights = None,
     input: Inputs = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(help="Microcontrollers: what the device may spend, e.g. flash=256K,ram=64K,latency=20ms."),
+    ] = None,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
@@ -125,14 +129,24 @@ def export(
         data=data,
         weights=weights,
         inputs=_inputs(input),
+        budget=budget,
         force=force,
     )
     if as_json:
         return _json(report)
     _print(f"{report['format']} artifact for {target} in {output}: {report['bytes']:,} bytes")
-    for key, what in (("flash_bytes", "flash"), ("ram_bytes", "RAM")):
+    for key, what in (
+        ("flash_bytes", "flash"),
+        ("ram_bytes", "RAM"),
+        ("arena_bytes", "  of which the arena"),
+        ("stack_bytes", "  stack used (emulator)"),
+    ):
         if key in report:
             _print(f"{what} {report[key]:,} bytes")
+    if "instructions" in report:
+        _print(f"{report['instructions']:,} instructions an inference (emulator, exact)")
+    for line in _device(report):
+        _print(line)
     for name in report["files"]:
         _print(f"  {name}")
     for warning in report["warnings"]:
@@ -163,16 +177,19 @@ def profile(
     for key, value in report.items():
         if isinstance(value, int):
             facts.add_row(key.replace("_", " "), _count(value))
+    for line in _device(report):
+        facts.add_row("estimate" if "estimate" in line else "", line)
     for key, value in report["environment"].items():
         facts.add_row(key, str(value))
     _print(facts)
     if report["layers"]:
         measured = "instructions" if "instructions" in report["layers"][0] else "ms"
-        layers = _table("layer", "op", "MACs", measured, title="layers")
+        moved = [k for k in ("loads", "stores") if k in report["layers"][0]]
+        layers = _table("layer", "op", "MACs", measured, *moved, title="layers")
         for row in report["layers"]:
             value = row.get(measured)
             shown = "" if value is None else f"{value:.4f}" if isinstance(value, float) else _count(value)
-            layers.add_row(row["name"], row["op"], _count(row.get("macs")), shown)
+            layers.add_row(row["name"], row["op"], _count(row.get("macs")), shown, *(_count(row[k]) for k in moved))
         _print(layers)
 
 
@@ -422,6 +439,29 @@ def _quality(report: dict[str, Any]) -> str:
         shown += f", KL {report['kl']:.6f}, {report['agreement']:.2%} same next token"
     what = f"tokens in windows of {report['window']}" if report["metric"] == "perplexity" else "samples"
     return f"{report['metric']} {shown} on {report['n']} {what}"
+
+
+def _device(report: dict[str, Any]) -> list[str]:
+    """Lines about one inference on a microcontroller, and what a budget traded."""
+    lines: list[str] = []
+    if "latency_estimate_ms" in report:
+        low, high = report["latency_estimate_ms"]
+        lines.append(f"{low:.3g} to {high:.3g} ms (estimate of the core's cycle model)")
+    if "energy_estimate_uj" in report:
+        low, high = report["energy_estimate_uj"]
+        lines.append(f"{low / 1e3:.3g} to {high / 1e3:.3g} mJ (estimate from the datasheet's current)")
+    if "budget" in report:
+        traded = report["budget"]
+        narrowed = ", ".join(f"{k} {v} bits" for k, v in traded["narrowed"].items())
+        lines.append(f"for the budget: {narrowed or 'weights stay as they are'}")
+        if traded["patches"]:
+            lines.append(f"first layers in patches: {traded['patches']['summary']}")
+        before, after = traded["before"], traded["after"]
+        lines.append(
+            f"flash {before['flash_bytes']:,} -> {after['flash_bytes']:,}, RAM {before['ram_bytes']:,} -> {after['ram_bytes']:,} bytes; "
+            f"outputs moved by {traded['output_error']:.2%} (RMS)"
+        )
+    return lines
 
 
 def _forecast(report: dict[str, Any], as_json: bool) -> None:

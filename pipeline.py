@@ -17,16 +17,16 @@ import safetensors.numpy
 import torch
 
 from . import __version__, language
+from . import budget as budgets
 from .common import files, memory, plugins
-from .common.errors import PlanishError, listed
+from .common.errors import Missing, PlanishError, listed
 from .common.progress import say
 from .compress import compressed as compressed_model
-from .compress import diagnostics, evaluation, layers, program_file, text
+from .compress import diagnostics, evaluation, layers, program_file, text, tflite_import
 from .compress import forecast as forecasts
 from .compress import journal as journals
 from .compress import load as loading
 from .compress import recipe as recipes
-from .compress import tflite_import
 from .compress.blocks import MASK
 from .compress.data import Data, check
 from .compress.evaluation import cosine, top1
@@ -177,23 +177,32 @@ def export(
     data: str | None = None,
     weights: Path | None = None,
     inputs: Mapping[str, Input] | None = None,
+    budget: str | None = None,
     force: bool = False,
 ) -> dict[str, Any]:
     """Write the artifact of a compressed model, an ONNX file (float or QDQ), an int8 .tflite file or any other MODEL for a device.
 
-    Returns the keys of `planish export --json`. Raises PlanishError, having written nothing.
+    `budget`, e.g. 'flash=256K,ram=64K,latency=20ms', is for microcontrollers: weights are narrowed and first stages cut into patches
+    until the network keeps it. Returns the keys of `planish export --json`. Raises PlanishError, having written nothing.
     """
     files.check_output(output, force)
     _keep_source(model, output)
     device = targets.load(target)
     kind = format or device.format
     writer = plugins.create(f"{__package__}.export", Format, kind, "format")
+    limits = budgets.parse(budget) if budget else None
+    if limits is not None and kind != "c":
+        raise PlanishError(f"--budget is for format c, in which the network itself is fitted; '{kind}' was asked for")
     samples = load_data(data) if data else None
     with tempfile.TemporaryDirectory() as scratch:
         source, origin = _source(model, weights, inputs, samples, Path(scratch))
+        if limits is not None:
+            source, origin["budget"] = budgets.fit(source, device, limits)
+            device = budgets.limited(device, limits)
         with files.new_folder(output, force) as folder:
             written = writer.write(source, device, folder)
             manifest = _finish(folder, source, origin, device, kind, written)
+            proof = _on_device(folder, manifest, device) if device.kind == "mcu" and kind == "c" else {}
     return {
         "artifact": str(output),
         "format": kind,
@@ -201,7 +210,9 @@ def export(
         "files": sorted(manifest["files"]),
         "bytes": sum(f["bytes"] for f in manifest["files"].values()),
         **_known({"flash_bytes": written.flash_bytes, "ram_bytes": written.ram_bytes}),
-        "warnings": manifest["warnings"],
+        **_known({"budget": manifest.get("budget")}),
+        **{k: v for k, v in proof.items() if k != "warnings"},
+        "warnings": [*manifest["warnings"], *proof.get("warnings", [])],
     }
 
 
@@ -687,6 +698,38 @@ def _finish(
     }
     (folder / "manifest.json").write_text(files.to_json(manifest), encoding="utf-8")
     return manifest
+
+
+def _on_device(folder: Path, manifest: dict[str, Any], device: Target) -> dict[str, Any]:
+    """What one run of the firmware in the emulator says: arena, stack, instructions and estimates; warnings where none is here.
+
+    Raises PlanishError when its answers are not the golden ones: such an artifact is not kept.
+    """
+    item = Artifact(folder, manifest)
+    memory_plan = manifest["details"]["memory"]
+    known: dict[str, Any] = {"arena_bytes": memory_plan["arena"]}
+    golden = item.golden()
+    feeds = {k.removeprefix("input."): v[:1] for k, v in golden.items() if k.startswith("input.")}
+    try:
+        with _open(item, device.runtime, 1) as session:
+            answers = session.run(feeds)
+            found = session.profile(feeds, 1, 0)
+    except Missing as error:
+        return {**known, "warnings": [f"not run on '{device.name}': {error}"]}
+    wrong = [k for k, v in answers.items() if not np.array_equal(v, golden[f"expected.{k}"][:1])]
+    if wrong:
+        raise PlanishError(
+            f"the firmware for '{device.name}' gives wrong values for {listed(wrong)}; this is a defect of planish"
+        )
+    return known | _known(
+        {
+            "stack_bytes": found.stack_bytes,
+            "instructions": found.instructions,
+            "cycles_estimate": found.cycles_estimate,
+            "latency_estimate_ms": found.latency_estimate_ms,
+            "energy_estimate_uj": found.energy_estimate_uj,
+        }
+    )
 
 
 def _worst(got: Mapping[str, np.ndarray], want: Mapping[str, np.ndarray]) -> float:

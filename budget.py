@@ -1,0 +1,288 @@
+"""`--budget`: the widths of the weights, layer by layer, that bring an integer network within flash, RAM and latency.
+
+What a layer costs is not guessed: the network is built for the device in every width and run in the emulator, which gives each
+layer's bytes and cycles. What a width loses is measured too: each layer alone is narrowed, and the distance of the network's outputs
+from the int8 network's on the golden samples is its loss. The choice of least total loss within the budget is a multiple-choice
+knapsack; losses of layers are taken to add up. The result is built, run and measured again, so what is reported is not the table.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .common.errors import PlanishError
+from .common.progress import track
+from .compress.quantize import knapsack
+from .export import c as c_format
+from .export import narrow, qdq
+from .export.artifact import Artifact
+from .export.format import Source
+from .export.graph import Graph
+from .runtimes.emulator import Emulator
+from .targets.target import Memory, Target
+
+UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20}
+TIMES = {"us": 1e-3, "ms": 1.0, "s": 1e3}
+FORM = "flash=BYTES,ram=BYTES,latency=TIME, e.g. flash=256K,ram=64K,latency=20ms (one or more of the three)"
+ROUNDS = 4
+"""choices tried at most: code size and padding are only known once a choice is built"""
+SAMPLES = 4
+"""golden samples that the loss of a layer is measured on"""
+WEIGHTS = np.geomspace(1e-3, 1e3, 13)
+"""exchange rates between bytes and cycles that are tried when both are short"""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What the device may spend; None: no limit but the device's own memories."""
+
+    flash: int | None = None
+    """bytes"""
+    ram: int | None = None
+    """bytes: arena, variables and reserved stack"""
+    latency_ms: float | None = None
+    """of one inference, the high end of the estimate"""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a network needs on the device."""
+
+    flash: int
+    ram: int
+    latency_ms: float | None
+    """None for a device without a clock or a cycle model"""
+    layers: Mapping[str, float]
+    """cycles at the high end, or instructions, by layer"""
+    weights: Mapping[str, int]
+    """bytes of constants by layer"""
+
+    def over(self, budget: Budget) -> list[str]:
+        """What exceeds the budget, in words."""
+        found: list[str] = []
+        for name, has, limit in (("flash", self.flash, budget.flash), ("RAM", self.ram, budget.ram)):
+            if limit is not None and has > limit:
+                found.append(f"{name} {has} bytes, {has - limit} over {limit}")
+        if budget.latency_ms is not None and self.latency_ms is not None and self.latency_ms > budget.latency_ms:
+            found.append(
+                f"latency {self.latency_ms:.3g} ms, {self.latency_ms - budget.latency_ms:.3g} over {budget.latency_ms:g}"
+            )
+        return found
+
+
+def parse(text: str) -> Budget:
+    """A Budget from FORM. Raises PlanishError for anything else."""
+    found: dict[str, Any] = {}
+    for part in text.lower().replace(" ", "").split(","):
+        name, _, value = part.partition("=")
+        if name in found:
+            raise PlanishError(f"--budget names {name} twice; accepted: {FORM}")
+        size = re.fullmatch(r"(\d+)(k|m|)(?:i?b)?", value)
+        time = re.fullmatch(r"(\d+(?:\.\d+)?)(us|ms|s)", value)
+        if name in ("flash", "ram") and size:
+            found[name] = int(size[1]) * UNITS[size[2]]
+        elif name == "latency" and time:
+            found[name] = float(time[1]) * TIMES[time[2]]
+        else:
+            raise PlanishError(f"--budget: '{part}' is not understood; accepted: {FORM}")
+        if found[name] <= 0:
+            raise PlanishError(f"--budget: '{part}' is not above 0; accepted: {FORM}")
+    return Budget(found.get("flash"), found.get("ram"), found.get("latency"))
+
+
+def limited(target: Target, budget: Budget) -> Target:
+    """The target with no more memory than the budget. Raises PlanishError for a device that is no microcontroller."""
+    if target.flash is None or target.ram is None:
+        raise PlanishError(f"--budget is for microcontrollers; '{target.name}' is none")
+    flash = min(target.flash.length, budget.flash or target.flash.length)
+    ram = min(target.ram.length, budget.ram or target.ram.length)
+    return target.model_copy(
+        update={
+            "flash": Memory(origin=target.flash.origin, length=flash),
+            "ram": Memory(origin=target.ram.origin, length=ram),
+        }
+    )
+
+
+def fit(source: Source, target: Target, budget: Budget) -> tuple[Source, dict[str, Any]]:
+    """The source with the deployment graph that keeps the budget with least loss, and what was traded for it.
+
+    Raises PlanishError when no choice keeps it: the closest plan, and what it lacks.
+    """
+    limited(target, budget)
+    golden = {k: v[:SAMPLES] for k, v in source.golden_inputs.items()}
+    whole = qdq.read(source.onnx)
+    measure = _Bench(source.name, target, golden)
+    before = measure(whole)
+    if budget.latency_ms is not None and before.latency_ms is None:
+        raise PlanishError(f"--budget: latency cannot be estimated for '{target.name}' (no clock or no cycle model)")
+    graph, patched = _patched(whole, target, budget, before, measure)
+    start = before if graph is whole else measure(graph)
+    if not start.over(budget):
+        return replace(source, graph=graph), _report(whole, graph, golden, before, start, patched)
+    chosen, after = _narrowed(graph, start, golden, budget, measure)
+    return replace(source, graph=chosen), _report(whole, chosen, golden, before, after, patched)
+
+
+class _Bench:
+    """Builds graphs for the device and measures them in the emulator."""
+
+    def __init__(self, name: str, target: Target, golden: Mapping[str, np.ndarray]) -> None:
+        self.name, self.golden = name, golden
+        # the device's memories without limit: a network that is too large is measured all the same, to say by how much
+        assert target.flash is not None
+        assert target.ram is not None
+        room = {"flash": target.flash, "ram": target.ram}
+        roomy = {k: Memory(origin=m.origin, length=max(m.length, 1 << 24)) for k, m in room.items()}
+        self.target = target.model_copy(update=roomy)
+
+    def __call__(self, graph: Graph) -> Cost:
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch)
+            warnings: list[str] = []
+            facts, flash, ram = c_format.write_project(graph, self.name, self.target, self.golden, folder, warnings)
+            if warnings or flash is None or ram is None:
+                raise PlanishError(f"--budget needs a compiler and an emulator: {'; '.join(warnings)}")
+            artifact = Artifact(folder, {"format": "c", "target": self.target.name})
+            with Emulator().open(artifact, 1) as session:
+                found = session.profile(self.golden, 1, 0)
+        cycles = {x.name: float(x.cycles[1] if x.cycles else x.instructions or 0) for x in found.layers}
+        weights = {x["name"]: int(x["bytes"]) for x in facts["layers"]}
+        latency = None if found.latency_estimate_ms is None else found.latency_estimate_ms[1]
+        return Cost(flash, ram, latency, cycles, weights)
+
+
+def _patched(
+    graph: Graph, target: Target, budget: Budget, before: Cost, measure: Callable[[Graph], Cost]
+) -> tuple[Graph, dict[str, Any] | None]:
+    """The graph with its first stages in patches where RAM is short."""
+    if budget.ram is None or before.ram <= budget.ram:
+        return graph, None
+    raise PlanishError(_missing([before], budget, "narrower weights do not change RAM"))
+
+
+def _narrowed(
+    graph: Graph, start: Cost, golden: Mapping[str, np.ndarray], budget: Budget, measure: Callable[[Graph], Cost]
+) -> tuple[Graph, Cost]:
+    """The choice of widths with least loss that keeps the budget, built and measured."""
+    names = [n.name for n in graph.nodes if n.op in narrow.OPS and narrow.bits(n) == 8]
+    widths = (8, 4, 2)
+    tables = {8: start} | {w: measure(narrow.narrow(graph, w)) for w in widths[1:]}
+    fixed = {w: (tables[w].flash - sum(tables[w].weights.values()), sum(tables[w].layers.values())) for w in widths}
+    losses = _losses(graph, names, golden)
+    costs = [[(tables[w].weights[n], tables[w].layers[n]) for w in widths] for n in names]
+    rest_flash = max(f for f, _ in fixed.values()) + sum(v for k, v in start.weights.items() if k not in names)
+    rest_cycles = sum(v for k, v in start.layers.items() if k not in names)
+    per_ms = sum(start.layers.values()) / start.latency_ms if start.latency_ms else 1.0
+    room_flash = np.inf if budget.flash is None else budget.flash - rest_flash
+    room_cycles = np.inf if budget.latency_ms is None else budget.latency_ms * per_ms - rest_cycles
+    tried: list[Cost] = [start]
+    for _ in range(ROUNDS):
+        choice = _choose(costs, losses, room_flash, room_cycles)
+        if choice is None:
+            break
+        chosen = graph
+        for name, index in zip(names, choice, strict=True):
+            if widths[index] < 8:
+                chosen = narrow.narrow(chosen, widths[index], [name])
+        after = measure(chosen)
+        tried.append(after)
+        over = after.over(budget)
+        if not over:
+            return chosen, after
+        if budget.flash is not None:
+            room_flash -= max(after.flash - budget.flash, 0)
+        if budget.latency_ms is not None and after.latency_ms is not None:
+            room_cycles -= max(after.latency_ms - budget.latency_ms, 0.0) * per_ms
+    raise PlanishError(_missing([*tried, tables[4], tables[2]], budget, "with weights of 4 and 2 bits"))
+
+
+def _choose(
+    costs: Sequence[Sequence[tuple[int, float]]], losses: Sequence[Sequence[float]], flash: float, cycles: float
+) -> tuple[int, ...] | None:
+    """Indices of the choices with least loss within both limits, None where there are none."""
+    best: tuple[float, tuple[int, ...]] | None = None
+    for rate in [0.0, *WEIGHTS, np.inf]:
+        scale_flash = 0.0 if np.isinf(flash) or np.isinf(rate) else 1 / max(flash, 1.0)
+        scale_cycles = 0.0 if np.isinf(cycles) else (1.0 if np.isinf(rate) else rate) / max(cycles, 1.0)
+        limit = (scale_flash > 0) + scale_cycles * cycles if scale_cycles else float(scale_flash > 0)
+        if not (scale_flash or scale_cycles):
+            continue
+        mixed = [[f * scale_flash + c * scale_cycles for f, c in row] for row in costs]
+        try:
+            found = knapsack.solve(mixed, losses, limit)
+        except PlanishError:
+            continue
+        picked = [row[i] for row, i in zip(costs, found.choices, strict=True)]
+        fits = sum(f for f, _ in picked) <= flash and sum(c for _, c in picked) <= cycles
+        if fits and (best is None or found.loss < best[0]):
+            best = (found.loss, found.choices)
+    return None if best is None else best[1]
+
+
+def _losses(graph: Graph, names: Sequence[str], golden: Mapping[str, np.ndarray]) -> list[list[float]]:
+    """For every layer the loss of 8, 4 and 2 bits: squared distance of the outputs when it alone is narrowed."""
+    whole = graph.reference(golden)
+    return [
+        [0.0, *(_distance(narrow.narrow(graph, w, [n]).reference(golden), whole) for w in (4, 2))]
+        for n in track(names, "measuring what fewer bits lose")
+    ]
+
+
+def _distance(got: Mapping[str, np.ndarray], want: Mapping[str, np.ndarray]) -> float:
+    """Mean over the outputs of the squared difference as a share of the squared size."""
+    return float(
+        np.mean(
+            [
+                np.square(got[k].astype(np.float64) - v).sum() / max(np.square(v.astype(np.float64)).sum(), 1e-30)
+                for k, v in want.items()
+            ]
+        )
+    )
+
+
+def _missing(tried: Sequence[Cost], budget: Budget, why: str) -> str:
+    """One line: the closest plan and what it lacks."""
+
+    def excess(cost: Cost) -> float:
+        parts = [
+            (cost.flash, budget.flash),
+            (cost.ram, budget.ram),
+            (cost.latency_ms or 0.0, budget.latency_ms),
+        ]
+        return sum(max(has / limit - 1, 0.0) for has, limit in parts if limit)
+
+    best = min(tried, key=excess)
+    latency = "" if best.latency_ms is None else f", latency {best.latency_ms:.3g} ms"
+    return (
+        f"the budget cannot be kept, {why}: the closest plan needs flash {best.flash} bytes, RAM {best.ram} bytes{latency}; "
+        f"over: {'; '.join(best.over(budget)) or 'nothing alone, but not all at once'}"
+    )
+
+
+def _report(
+    whole: Graph,
+    chosen: Graph,
+    golden: Mapping[str, np.ndarray],
+    before: Cost,
+    after: Cost,
+    patched: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """What was traded: widths by layer, patches, figures before and after, and how far the outputs moved."""
+    widths = {n.name: narrow.bits(n) for n in chosen.nodes if n.op in narrow.OPS and "@" not in n.name}
+    original = {n.name: narrow.bits(n) for n in whole.nodes if n.op in narrow.OPS}
+    want, got = whole.reference(golden), chosen.reference(golden)
+    return {
+        "narrowed": {k: w for k, w in widths.items() if w < original.get(k, 8)},
+        "patches": patched,
+        "before": {"flash_bytes": before.flash, "ram_bytes": before.ram, "latency_ms": before.latency_ms},
+        "after": {"flash_bytes": after.flash, "ram_bytes": after.ram, "latency_ms": after.latency_ms},
+        "output_error": float(np.sqrt(_distance(got, want))),
+    }
