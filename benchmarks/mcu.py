@@ -1,10 +1,15 @@
 """MLPerf Tiny on microcontrollers: instructions, memory and flash of planish's C, counted in emulators.
 
-    python benchmarks/mcu.py [--json] [--cores cortex-m4 ...] [--models ic ...] [--widths int8 ...] [--layers] [--images 3]
+    python benchmarks/mcu.py [--json] [--cores cortex-m4 ...] [--models ic ...] [--widths int8 ...] [--layers] [--cycles] [--images 3]
 
 Every number is of the whole network, all layers included, and the same in every run. `ratio` is to CMSIS-NN's instructions for
 the same layers (main branch of July 2026, GCC 12.2 -Ofast, QEMU; on Cortex-M0+ its portable C counted on a Cortex-M3). int4 and int2
-are widths of the weights, activations keep 8 bits. `different` counts outputs that differ from the integer reference.
+are widths of the weights, activations keep 8 bits. `different` counts outputs that differ from the integer reference. `beyond` is the
+flash besides weights, biases and scales.
+
+`--cycles` holds the cycle model against boards: cycles an instruction that it gives for our code, and those of CMSIS-NN on real
+boards (MLPerf Tiny closed division, cycles of the submission over CMSIS-NN's instructions; the submissions used older versions of it,
+so the board's figure mixes cycles an instruction with the version).
 """
 
 import argparse
@@ -54,6 +59,15 @@ GOALS = {
     "cortex-m55": {"ic": 0.36, "kws": 0.60, "vww": 0.75, "ad": 0.50},
 }
 """what this project set out to reach"""
+BOARDS = {
+    "cortex-m4": {
+        "L4R5 120 MHz, microTVM": {"ic": 3.74, "kws": 4.51, "vww": 4.83, "ad": 3.91},
+        "L4R5 120 MHz, ONNC": {"ic": 2.85, "kws": 4.23, "vww": 3.17, "ad": 3.64},
+    },
+    "cortex-m33": {"nRF5340 128 MHz, microTVM": {"ic": 3.24, "kws": 3.67, "vww": 3.97, "ad": 3.04}},
+    "cortex-m55": {"EK-RA8D1 (M85) 480 MHz, TFLM": {"ic": 0.33, "kws": 0.63, "vww": 0.86, "ad": 0.96}},
+}
+"""cycles per MAC of CMSIS-NN on boards (MLPerf Tiny 1.0 to 1.2)"""
 ARENA_GOALS = {"ic": 49152, "kws": 16000, "vww": 55296, "ad": 768}
 """bytes of activations that are alive at once, by tensor lifetimes alone"""
 
@@ -91,8 +105,9 @@ def measure(graph, name, core, samples, folder):
         "stack_bytes": profile.stack_bytes,
         "flash_bytes": flash,
         "code_bytes": sizes["code"],
-        "constants_bytes": memory["weights"],
+        "packed_bytes": memory["weights"],
         "different": int((got != expected).sum()),
+        "cycles_estimate": profile.cycles_estimate,
     }
     kernels = {x["name"]: x["kernel"] for x in facts["layers"]}
     return row, [(x.name, kernels[x.name], x.macs, x.instructions) for x in profile.layers]
@@ -105,6 +120,7 @@ def main():
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--widths", nargs="+", choices=WIDTHS, default=list(WIDTHS))
     parser.add_argument("--layers", action="store_true", help="print every layer too")
+    parser.add_argument("--cycles", action="store_true", help="print the cycle model beside published boards")
     parser.add_argument("--images", type=int, default=3, help="samples whose outputs are compared")
     args = parser.parse_args()
     logging.disable(logging.WARNING)
@@ -113,7 +129,7 @@ def main():
     if not args.json:
         print(
             f"{'core':15}{'model':6}{'width':7}{'instructions':>13}{'/ MAC':>8}{'goal':>7}{'ratio':>7}{'/ int8':>8}"
-            f"{'arena':>8}{'stack':>7}{'flash':>8}{'code':>7}{'beyond':>8}{'different':>10}"
+            f"{'arena':>8}{'goal':>8}{'stack':>7}{'flash':>8}{'code':>7}{'beyond':>8}{'different':>10}"
         )
     for name in args.models:
         graph = qdq.read(quantized(name))
@@ -133,10 +149,16 @@ def main():
                     f"{goal if goal and width == 'int8' else '':>7}"
                     f"{row['instructions_per_mac'] / CMSIS_NN[core][name]:>7.2f}"
                     f"{row['instructions'] / base if base else float('nan'):>8.2f}"
-                    f"{row['arena_bytes']:>8}{row['stack_bytes']:>7}{row['flash_bytes']:>8}{row['code_bytes']:>7}"
-                    f"{row['flash_bytes'] - row['constants_bytes']:>8}{row['different']:>10}",
+                    f"{row['arena_bytes']:>8}{ARENA_GOALS[name]:>8}{row['stack_bytes']:>7}{row['flash_bytes']:>8}{row['code_bytes']:>7}"
+                    f"{row['flash_bytes'] - row['packed_bytes']:>8}{row['different']:>10}",
                     flush=True,
                 )
+                if args.cycles and row["cycles_estimate"]:
+                    low, high = (c / row["instructions"] for c in row["cycles_estimate"])
+                    print(f"    cycles an instruction {low:.2f} to {high:.2f} by the model", end="")
+                    for board, figures in BOARDS.get(core, {}).items():
+                        print(f"; {figures[name] / CMSIS_NN[core][name]:.2f} on {board}", end="")
+                    print()
                 if args.layers:
                     for layer, kernel, macs, instructions in layers:
                         each = f"{instructions / macs:8.3f}" if macs else ""
