@@ -538,11 +538,55 @@ def on_device(nodes: Node | tuple[Node, ...], samples: list[list[np.ndarray]], t
     return OnDevice(codes, instructions, flash, facts["memory"]["arena"], facts["layers"][0]["kernel"])
 
 
+def side_by_side(nodes: list[Node]) -> tuple[Graph, list[Node]]:
+    """A graph of nodes that share nothing, all of whose outputs are its own, and the nodes under the names they have in it."""
+    own = [
+        replace(
+            n,
+            name=f"n{i}",
+            inputs=tuple(replace(t, name=f"{t.name}_{i}") for t in n.inputs),
+            output=replace(n.output, name=f"y_{i}"),
+        )
+        for i, n in enumerate(nodes)
+    ]
+    graphs = [graph_of(n) for n in own]
+    inputs = tuple(p for g in graphs for p in g.inputs)
+    return Graph(tuple(own), inputs, tuple(p for g in graphs for p in g.outputs)), own
+
+
+def equal_reference(
+    nodes: list[Node], target: str, folder: Any, runtimes: tuple[str, ...] = ("emulator", "c"), seed: int = 5
+) -> None:
+    """Nodes in one project for `target`: random codes and the extremes give the reference's codes, in the emulator and as
+    plain C on this machine."""
+    from planish.export import c as c_format
+    from planish.export.artifact import Artifact
+    from planish.runtimes.c import C
+    from planish.runtimes.emulator import Emulator
+
+    graph, own = side_by_side(nodes)
+    rng = np.random.default_rng(seed)
+    x: dict[str, np.ndarray] = {}
+    for t in (t for n in own for t in n.inputs):
+        least, most = -(1 << t.bits - 1), (1 << t.bits - 1) - 1
+        edges = [np.full(t.shape, v, np.int8) for v in (least, most)]
+        x[t.name] = np.concatenate([rng.integers(least, most + 1, (2, *t.shape[1:])).astype(np.int8), *edges])
+    c_format.write_project(graph, "grid", targets.load(target), {k: v[:1] for k, v in x.items()}, folder, [])
+    artifact = Artifact(folder, {"format": "c", "target": target})
+    for runtime in runtimes:
+        with {"emulator": Emulator, "c": C}[runtime]().open(artifact, 1) as session:
+            got = session.run(x)
+        for n in own:
+            expected = ops()[n.op].reference(n, *(x[t.name] for t in n.inputs))
+            np.testing.assert_array_equal(got[n.output.name], expected, err_msg=f"{runtime}: {n.inputs} {n.attributes}")
+
+
 class Bench:
     """What the tests of this folder share."""
 
     graph_of = staticmethod(graph_of)
     on_device = staticmethod(on_device)
+    equal_reference = staticmethod(equal_reference)
 
     examples = staticmethod(examples)
     harness = staticmethod(harness)

@@ -16,7 +16,8 @@ enum {
     TAPS = KERNEL_HEIGHT * KERNEL_WIDTH,
     PAIRS = KERNEL_WIDTH > 1 ? KERNEL_WIDTH - 1 : 1, /* words of a kernel row: (w0, w1), (w1, w2), ... */
     TURNS = ROWS_FIRST ? KERNEL_HEIGHT : 2 * KERNEL_HEIGHT - 1,
-    PLANE = KERNEL_HEIGHT * ROW_BYTES        /* bytes of one channel's rows */
+    PLANE = KERNEL_HEIGHT * ROW_BYTES,       /* bytes of one channel's rows */
+    WEIGHT_WORDS = (TAPS * WEIGHT_BITS + 7) / 8 /* of four channels */
 };
 
 /* One channel. Its rows lie in a ring, slot = row % KERNEL_HEIGHT; for kernel rows to meet them in order, the weights of the
@@ -24,9 +25,9 @@ enum {
 typedef struct {
     int32_t bias[2]; /* twice the same */
     float rescale;
-    const int8_t *end; /* in slot 0, where the last whole four outputs end */
-    uint32_t rest;     /* outputs after that, 0 to 3 */
-    const int8_t *rows;
+    uint32_t end;  /* address in slot 0 where the windows of the last whole four outputs end */
+    uint32_t rest; /* outputs after that, 0 to 3 */
+    uint32_t rows; /* address of slot 0 */
     int32_t step; /* between outputs */
     int32_t zero_point;
     uint32_t weight[TURNS * PAIRS];
@@ -54,91 +55,172 @@ static inline void spread(int8_t *to, int32_t step, uint32_t a, uint32_t b)
     planish_store_word(to + 3 * step, planish_high_halves(odd_a, odd_b));
 }
 
-/* constants of channels c .. c + 3 */
-static void load(const planish_depthwise_rows_layer *l, int32_t c, const int8_t *rows, channel_t *channel)
+#define TEXT(...) TEXT_OF(__VA_ARGS__)
+#define TEXT_OF(...) #__VA_ARGS__
+
+/* `spread` of 4 * `times` columns that are `step` bytes apart, times > 0 */
+static inline void spread_fours(int8_t *to, const int8_t *x, int32_t step, int32_t times)
 {
-    const uint32_t *weight = l->weight + c / GROUP * ((TAPS * WEIGHT_BITS + 7) / 8);
-    int32_t count = l->channels - c < GROUP ? l->channels - c : GROUP;
-    int32_t i, j;
-    for (i = 0; i < TURNS; i++) {
-        uint32_t tap = (uint32_t)((i < KERNEL_HEIGHT ? i : i - KERNEL_HEIGHT) * KERNEL_WIDTH);
-        uint32_t last = tap_of(weight, tap);
-        for (j = 0; j < PAIRS; j++) {
-            uint32_t next = KERNEL_WIDTH > 1 ? tap_of(weight, tap + (uint32_t)j + 1) : 0;
-            spread((int8_t *)&channel->weight[i * PAIRS + j], sizeof(channel_t), last, next);
-            last = next;
-        }
+#if defined(__ARM_FEATURE_DSP) && 3 * KERNEL_HEIGHT * ROW_BYTES <= 1020
+    register const int8_t *from __asm__("r0") = x;
+    register int32_t apart __asm__("r1") = step;
+    register int8_t *place __asm__("r2") = to;
+    register int32_t left __asm__("r3") = times;
+    __asm__ volatile(
+        "1:\n"
+        "ldr r4, [r0]\n"
+        "ldr r5, [r0, r1]\n"
+        "add r0, r0, r1, lsl #1\n"
+        "ldr r6, [r0]\n"
+        "ldr r8, [r0, r1]\n"
+        "add r0, r0, r1, lsl #1\n"
+        "sxtb16 r9, r4\n"
+        "sxtb16 r10, r5\n"
+        "sxtb16 r11, r6\n"
+        "sxtb16 r12, r8\n"
+        "pkhtb lr, r10, r9, asr #16\n"
+        "pkhbt r9, r9, r10, lsl #16\n"
+        "pkhbt r10, r11, r12, lsl #16\n"
+        "pkhtb r11, r12, r11, asr #16\n"
+        "strd r9, r10, [r2]\n"
+        "strd lr, r11, [r2, #" TEXT(2 * KERNEL_HEIGHT * ROW_BYTES) "]\n"
+        "sxtb16 r4, r4, ror #8\n"
+        "sxtb16 r5, r5, ror #8\n"
+        "sxtb16 r6, r6, ror #8\n"
+        "sxtb16 r8, r8, ror #8\n"
+        "pkhtb lr, r5, r4, asr #16\n"
+        "pkhbt r9, r4, r5, lsl #16\n"
+        "pkhbt r10, r6, r8, lsl #16\n"
+        "pkhtb r11, r8, r6, asr #16\n"
+        "strd r9, r10, [r2, #" TEXT(KERNEL_HEIGHT * ROW_BYTES) "]\n"
+        "strd lr, r11, [r2, #" TEXT(3 * KERNEL_HEIGHT * ROW_BYTES) "]\n"
+        "add r2, r2, #8\n"
+        "subs r3, r3, #1\n"
+        "bne 1b\n"
+        : "+r"(from), "+r"(apart), "+r"(place), "+r"(left)
+        :
+        : "r4", "r5", "r6", "r8", "r9", "r10", "r11", "r12", "lr", "cc", "memory");
+#else
+    PLANISH_ROLLED
+    for (times *= 2; times > 0; times--) {
+        spread(to, PLANE, planish_load_word(x), planish_load_word(x + step));
+        x += 2 * step;
+        to += 4;
     }
-    for (i = 0; i < count; i++) {
-        channel[i].bias[0] = l->bias[c + i];
-        channel[i].bias[1] = l->bias[c + i];
-        channel[i].rescale = l->rescale[c + i];
-        channel[i].rows = rows + i * PLANE;
-        channel[i].end = channel[i].rows + l->out_columns / 4 * (8 * COLUMN_STRIDE);
+#endif
+}
+
+/* what is the same for all channels: records, and rows that hold nothing but padding */
+static void prepare(const planish_dsp_depthwise_conv2d_layer *l, int8_t *rows, channel_t *channel)
+{
+    uint32_t zero = 0x10001u * (uint16_t)l->x_zero_point;
+    int32_t i;
+    PLANISH_ROLLED
+    for (i = 0; i < GROUP * PLANE; i += 4) {
+        planish_store_word(rows + i, zero);
+    }
+    PLANISH_ROLLED
+    for (i = 0; i < GROUP; i++) {
+        channel[i].rows = (uint32_t)(uintptr_t)(rows + i * PLANE); /* of use on 32-bit cores only */
+        channel[i].end = channel[i].rows + (uint32_t)l->out_columns / 4 * (8 * COLUMN_STRIDE);
         channel[i].rest = (uint32_t)l->out_columns & 3u;
         channel[i].step = l->out_column_step;
         channel[i].zero_point = l->y_zero_point;
     }
 }
 
-/* Brings one row of the padded image into its slot `to`. x: channel c of the image's first code */
-static void expand(const planish_depthwise_rows_layer *l, const int8_t *x, int32_t row, int32_t count, int8_t *to)
+/* the constants of `count` channels from c on */
+static PLANISH_APART void load(const planish_dsp_depthwise_conv2d_layer *l, int32_t c, int32_t count, channel_t *channel)
 {
-    int32_t columns = (l->out_columns - 1) * COLUMN_STRIDE + KERNEL_WIDTH; /* that are read */
-    int32_t step = l->in_column_step;
-    int32_t end = l->in_columns; /* columns before it come from the image */
-    int32_t column = -l->pad_left;
-    row -= l->pad_top;
-    if (row < 0 || row >= l->in_rows) {
-        end = column;
+    const uint32_t *weight = l->weight + c / GROUP * WEIGHT_WORDS;
+    int32_t i;
+    uint32_t tap = 0, end;
+    PLANISH_ROLLED
+    for (i = 0; i < KERNEL_HEIGHT; i++) {
+        int8_t *to = (int8_t *)&channel->weight[i * PAIRS];
+        uint32_t last = tap_of(weight, tap++);
+        PLANISH_ROLLED
+        for (end = tap + (PAIRS * (KERNEL_WIDTH > 1)); tap < end; tap++) {
+            uint32_t next = tap_of(weight, tap);
+            spread(to, sizeof(channel_t), last, next);
+            if (!ROWS_FIRST && i + 1 < KERNEL_HEIGHT) {
+                spread(to + KERNEL_HEIGHT * PAIRS * 4, sizeof(channel_t), last, next);
+            }
+            to += 4;
+            last = next;
+        }
+        if (KERNEL_WIDTH == 1) {
+            spread(to, sizeof(channel_t), last, 0);
+            if (!ROWS_FIRST && i + 1 < KERNEL_HEIGHT) {
+                spread(to + KERNEL_HEIGHT * PAIRS * 4, sizeof(channel_t), last, 0);
+            }
+        }
     }
-    columns += column;
-    x += row * l->in_row_step;
+    PLANISH_ROLLED
+    for (i = 0; i < count; i++) {
+        channel[i].bias[0] = l->bias[c + i];
+        channel[i].bias[1] = l->bias[c + i];
+        channel[i].rescale = l->rescale[c + i];
+    }
+}
+
+/* Brings one row of the padded image into its slot `to`, of `count` channels; x: the first one's code of the image's first pixel */
+static PLANISH_APART void expand(const planish_dsp_depthwise_conv2d_layer *l, const int8_t *x, int32_t row, int32_t count, int8_t *to)
+{
+    int32_t step = l->in_column_step;
+    int32_t columns = (l->out_columns - 1) * COLUMN_STRIDE + KERNEL_WIDTH - l->pad_left; /* of the image that are read */
+    columns = columns < l->in_columns ? columns : l->in_columns;
+    row -= l->pad_top;
 #if WORDS
     uint32_t zero = 0x01010101u * (uint8_t)l->x_zero_point;
     (void)count;
-    for (; column < columns && (column < 0 || column + 1 >= end); column += 2) { /* before the image, or one column wide */
-        uint32_t a = column >= 0 && column < end ? planish_load_word(x + column * step) : zero;
-        uint32_t b = column + 1 >= 0 && column + 1 < end ? planish_load_word(x + (column + 1) * step) : zero;
-        spread(to, PLANE, a, b);
-        to += 4;
+    if (row < 0 || row >= l->in_rows) {
+        PLANISH_ROLLED
+        for (columns += l->pad_left; columns > 0; columns -= 2) {
+            spread(to, PLANE, zero, zero);
+            to += 4;
+        }
+        return;
     }
-    if (column < columns) {
-        const int8_t *from = x + column * step;
-        int32_t stop = (columns < end ? columns : end) - 1;
-        for (; column < stop; column += 2) {
-            spread(to, PLANE, planish_load_word(from), planish_load_word(from + step));
-            from += 2 * step;
-            to += 4;
-        }
-        for (; column < columns; column += 2) {
-            spread(to, PLANE, column < end ? planish_load_word(from) : zero, zero);
-            from += 2 * step;
-            to += 4;
-        }
+    x += row * l->in_row_step;
+    to += l->pad_left / 2 * 4; /* the padding before it and behind is there already */
+    if (l->pad_left % 2) {
+        spread(to, PLANE, zero, planish_load_word(x));
+        x += step;
+        to += 4;
+        columns--;
+    }
+    if (columns >= 4) {
+        int32_t fours = columns / 4;
+        spread_fours(to, x, step, fours);
+        x += fours * 4 * step;
+        to += fours * 8;
+        columns -= fours * 4;
+    }
+    PLANISH_ROLLED
+    for (; columns > 0; columns -= 2) {
+        spread(to, PLANE, planish_load_word(x), columns > 1 ? planish_load_word(x + step) : zero);
+        x += 2 * step;
+        to += 4;
     }
 #else
     int32_t c, k;
     for (c = 0; c < count; c++) {
-        int16_t *half = (int16_t *)(void *)(to + c * PLANE);
-        const int8_t *from = x + c;
-        for (k = column; k < columns && (k < 0 || k >= end); k++) {
-            *half++ = (int16_t)l->x_zero_point;
-        }
-        from += k * step;
-        for (; k < columns && k < end; k++) {
-            *half++ = *from;
-            from += step;
-        }
-        for (; k < columns; k++) {
-            *half++ = (int16_t)l->x_zero_point;
+        int16_t *half = (int16_t *)(void *)(to + c * PLANE) + l->pad_left;
+        const int8_t *from = x + row * l->in_row_step + c;
+        if (row < 0 || row >= l->in_rows) {
+            for (k = 0; k < columns; k++) {
+                half[k] = (int16_t)l->x_zero_point;
+            }
+        } else {
+            for (k = 0; k < columns; k++) {
+                half[k] = *from;
+                from += step;
+            }
         }
     }
 #endif
 }
-
-#define TEXT(...) TEXT_OF(__VA_ARGS__)
-#define TEXT_OF(...) #__VA_ARGS__
 
 #if defined(__ARM_FEATURE_DSP) && defined(__ARM_FP) && (__ARM_FP & 4) && KERNEL_HEIGHT == 3 && KERNEL_WIDTH == 3 \
     && SATURATE < 2 && 2 * ROW_BYTES + 16 <= 1020
@@ -201,18 +283,25 @@ static void expand(const planish_depthwise_rows_layer *l, const int8_t *x, int32
     CODE("r8") \
     "strb r8, [r11]\n"
 
-/* One row of outputs of one channel; `turn`: bytes from its weights to those that slot 0 meets. r7 may be a frame pointer, and is
- * saved here because no clobber may name it. */
-static inline void convolve(const planish_depthwise_rows_layer *l, const channel_t *channel, int32_t turn, int8_t *y)
+/* One row of outputs of `count` channels; `turn`: bytes from a channel's weights to those that slot 0 meets. s8: channel,
+ * s9: its output, s10: turn, s11: end of the channels. r7 may be a frame pointer, which no clobber may name: it is saved here. */
+static PLANISH_APART void convolve(const planish_dsp_depthwise_conv2d_layer *l, const int8_t *rows,
+                                   const channel_t *channel, int32_t count, int32_t turn, int8_t *y)
 {
-    register const channel_t *layer __asm__("r0") = channel;
+    register const channel_t *first __asm__("r0") = channel;
+    register const channel_t *last __asm__("r1") = channel + count;
     register int32_t weights __asm__("r9") = turn;
     register int8_t *out __asm__("r11") = y;
     (void)l;
+    (void)rows;
     __asm__ volatile(
         "push {r7}\n"
+        "vmov s10, s11, r9, r1\n"
+        "5:\n"
+        "vmov s8, s9, r0, r11\n"
         "vldm r0!, {s0-s4}\n"
         "ldm r0!, {r10, r12, lr}\n"
+        "vmov r9, s10\n"
         "add r9, r9, r0\n"
         "ldm r9, {r0-r5}\n"
         "b 2f\n"
@@ -229,11 +318,17 @@ static inline void convolve(const planish_depthwise_rows_layer *l, const channel
         "3:\n"
         "beq 4f\n" ONE_OUTPUT
         "4:\n"
+        "vmov r0, r11, s8, s9\n"
+        "add r0, r0, %[size]\n"
+        "add r11, r11, #1\n"
+        "vmov r1, s11\n"
+        "cmp r0, r1\n"
+        "bne 5b\n"
         "pop {r7}\n"
-        : "+r"(layer), "+r"(weights), "+r"(out)
-        :
-        : "r1", "r2", "r3", "r4", "r5", "r6", "r8", "r10", "r12", "lr", "s0", "s1", "s2", "s3", "s4", "s6", "s7", "cc",
-          "memory");
+        : "+r"(first), "+r"(last), "+r"(weights), "+r"(out)
+        : [size] "I"(sizeof(channel_t))
+        : "r2", "r3", "r4", "r5", "r6", "r8", "r10", "r12", "lr", "s0", "s1", "s2", "s3", "s4", "s6", "s7", "s8", "s9",
+          "s10", "s11", "cc", "memory");
 }
 
 #else
@@ -282,7 +377,7 @@ static inline int32_t odd_row(const uint32_t *x, const uint32_t *w, int32_t sum)
 }
 #endif
 
-static inline int8_t code_of(const planish_depthwise_rows_layer *l, int32_t sum, float rescale)
+static inline int8_t code_of(const planish_dsp_depthwise_conv2d_layer *l, int32_t sum, float rescale)
 {
     int32_t code = planish_nearest((float)sum * rescale) + l->y_zero_point;
     int32_t least = SATURATE == 0 ? -128 : SATURATE == 1 ? 0 : l->low;
@@ -291,68 +386,70 @@ static inline int8_t code_of(const planish_depthwise_rows_layer *l, int32_t sum,
     return (int8_t)(code > most ? most : code);
 }
 
-/* One row of outputs of one channel; `turn`: bytes from its weights to those that slot 0 meets. */
-static inline void convolve(const planish_depthwise_rows_layer *l, const channel_t *channel, int32_t turn, int8_t *y)
+/* One row of outputs of `count` channels; `turn`: bytes from a channel's weights to those that slot 0 meets. */
+static PLANISH_APART void convolve(const planish_dsp_depthwise_conv2d_layer *l, const int8_t *rows,
+                                   const channel_t *channel, int32_t count, int32_t turn, int8_t *y)
 {
-    const uint32_t *weight = channel->weight + turn / 4;
-    const uint32_t *x = (const uint32_t *)(const void *)channel->rows;
-    int32_t column, i;
-    for (column = l->out_columns; column > 0; column -= 2) {
-        int32_t first = channel->bias[0], second = first;
-        for (i = 0; i < KERNEL_HEIGHT; i++) {
-            const uint32_t *row = x + i * (ROW_BYTES / 4);
-            first = even_row(row, weight + i * PAIRS, first);
-            second = odd_row(row, weight + i * PAIRS, second);
+    for (; count > 0; count--) {
+        const uint32_t *weight = channel->weight + turn / 4;
+        const uint32_t *x = (const uint32_t *)(const void *)rows;
+        int8_t *out = y++;
+        int32_t column, i;
+        for (column = l->out_columns; column > 0; column -= 2) {
+            int32_t first = channel->bias[0], second = first;
+            for (i = 0; i < KERNEL_HEIGHT; i++) {
+                const uint32_t *row = x + i * (ROW_BYTES / 4);
+                first = even_row(row, weight + i * PAIRS, first);
+                second = odd_row(row, weight + i * PAIRS, second);
+            }
+            *out = code_of(l, first, channel->rescale);
+            if (column > 1) {
+                out[channel->step] = code_of(l, second, channel->rescale);
+            }
+            x += COLUMN_STRIDE;
+            out += 2 * channel->step;
         }
-        *y = code_of(l, first, channel->rescale);
-        if (column > 1) {
-            y[channel->step] = code_of(l, second, channel->rescale);
-        }
-        x += COLUMN_STRIDE;
-        y += 2 * channel->step;
+        rows += PLANE;
+        channel++;
     }
 }
 
 #endif
 
-void PLANISH_KERNEL(const planish_depthwise_rows_layer *l, const int8_t *x, int8_t *y, int8_t *scratch)
+void PLANISH_KERNEL(const planish_dsp_depthwise_conv2d_layer *l, const int8_t *x, int8_t *y, int8_t *scratch)
 {
     channel_t *channel = (channel_t *)(void *)(scratch + GROUP * PLANE);
-    int32_t c, k, row, i;
+    int32_t c, row, i;
+    prepare(l, scratch, channel);
 #if ROWS_FIRST
     for (row = 0; row < l->out_rows; row++) {
         for (c = 0; c < l->channels; c += GROUP) {
             int32_t count = l->channels - c < GROUP ? l->channels - c : GROUP;
-            load(l, c, scratch, channel);
+            load(l, c, count, channel);
+            PLANISH_ROLLED
             for (i = 0; i < KERNEL_HEIGHT; i++) {
                 expand(l, x + c, row * l->row_stride + i, count, scratch + i * ROW_BYTES);
             }
-            for (k = 0; k < count; k++) {
-                convolve(l, channel + k, 0, y + row * l->out_row_step + c + k);
-            }
+            convolve(l, scratch, channel, count, 0, y + c);
         }
+        y += l->out_row_step;
     }
 #else
     for (c = 0; c < l->channels; c += GROUP) {
         int32_t count = l->channels - c < GROUP ? l->channels - c : GROUP;
-        int8_t *out = y + c;
-        int32_t top_slot = 0, slot = 0, next = 0; /* slots of the window's top row and of the next row, and that row */
-        load(l, c, scratch, channel);
+        int8_t *out = y + c, *slot = scratch;
+        int32_t turn = 0;
+        load(l, c, count, channel);
+        PLANISH_ROLLED
+        for (i = 0; i + 1 < KERNEL_HEIGHT; i++) {
+            expand(l, x + c, i, count, slot);
+            slot += ROW_BYTES;
+        }
         for (row = 0; row < l->out_rows; row++) {
-            int32_t top = row * l->row_stride;
-            int32_t turn = top_slot ? KERNEL_HEIGHT - top_slot : 0;
-            for (; next < top + KERNEL_HEIGHT; next++) {
-                if (next >= top) {
-                    expand(l, x + c, next, count, scratch + slot * ROW_BYTES);
-                }
-                slot = slot + 1 < KERNEL_HEIGHT ? slot + 1 : 0;
-            }
-            for (k = 0; k < count; k++) {
-                convolve(l, channel + k, turn * PAIRS * 4, out + k);
-            }
-            for (i = l->row_stride; i > 0; i--) {
-                top_slot = top_slot + 1 < KERNEL_HEIGHT ? top_slot + 1 : 0;
-            }
+            expand(l, x + c, row + KERNEL_HEIGHT - 1, count, slot);
+            slot = slot + ROW_BYTES < scratch + PLANE ? slot + ROW_BYTES : scratch;
+            convolve(l, scratch, channel, count, turn, out);
+            turn = turn > 0 ? turn - PAIRS * 4 : (KERNEL_HEIGHT - 1) * PAIRS * 4;
             out += l->out_row_step;
         }
     }

@@ -12,6 +12,6 @@ typedef struct {
     const uint32_t *weight; /* (channels / 4, taps), one byte a channel; narrower weights: several taps a word, low bits first */
     const int32_t *bias;    /* (channels), less x_zero_point * sum of weights */
     const float *rescale;   /* (channels) */
-} planish_depthwise_rows_layer;
+} planish_dsp_depthwise_conv2d_layer;
 
 #endif

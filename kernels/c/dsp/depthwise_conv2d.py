@@ -58,7 +58,7 @@ class DepthwiseConv2d(Version):
         width = _bits(weight)
         low, high = node.attributes["low"], node.attributes["high"]
         return Call(
-            kernel="depthwise_rows",
+            kernel="dsp_depthwise_conv2d",
             sources=(),
             fields={
                 **g.fields(),

@@ -8,6 +8,16 @@
 #include <arm_acle.h>
 #endif
 
+/* For code that runs seldom and must stay small: a loop that is not unrolled, a function that is not copied into its callers. */
+#if defined(__clang__)
+#define PLANISH_ROLLED _Pragma("clang loop unroll(disable)")
+#elif defined(__GNUC__)
+#define PLANISH_ROLLED _Pragma("GCC unroll 1")
+#else
+#define PLANISH_ROLLED
+#endif
+#define PLANISH_APART __attribute__((noinline))
+
 /* four codes; p is a multiple of 4 */
 static inline uint32_t planish_load_word(const int8_t *p)
 {
