@@ -19,7 +19,7 @@ from ..common import files
 from ..common.errors import PlanishError
 from ..kernels import layout
 from ..targets.target import Target
-from . import c_project, firmware, onnx, qdq
+from . import c_project, firmware, memory_picture, onnx, qdq
 from .c_project import Border, CArray, Project
 from .format import Format, Source, Written
 from .graph import Graph
@@ -27,6 +27,8 @@ from .graph import Graph
 TEMPLATES = Path(__file__).parent / "c_templates"
 MODEL = "model.json"
 """what the runtimes need to know about the project: names, layers, memory"""
+PICTURE = "memory.svg"
+"""the arena over time"""
 CODE_ESTIMATE = 12 * 1024
 """bytes of code where no compiler is there to tell: the largest of the benchmark networks needs about this much"""
 
@@ -66,6 +68,8 @@ def write_project(
     project = c_project.build(graph, name, target.features)
     check_budget(project, target)
     _write_sources(project, target, golden, folder)
+    picture = memory_picture.draw(project.memory, [n.name for n in project.graph.nodes], project.title)
+    (folder / PICTURE).write_text(picture, encoding="utf-8", newline="\n")
     facts = _facts(project)
     if target.flash is not None and target.ram is not None:
         facts["regions"] = {"flash": target.flash.model_dump(), "ram": target.ram.model_dump()}
