@@ -1,0 +1,101 @@
+"""MVE kernels on the emulated Cortex-M55: the codes of the reference for ragged shapes, and no fall back to portable C."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from planish.export import narrow
+from planish.export.artifact import Artifact
+from planish.export.graph import Graph, Port
+from planish.kernels.op import Node, Tensor
+from planish.targets import target as targets
+
+pytestmark = [
+    pytest.mark.qemu,
+    pytest.mark.skipif(shutil.which("qemu-system-arm") is None, reason="qemu-system-arm is not installed"),
+]
+TARGET = "corstone-300"
+INF = float("inf")
+
+
+def renamed(node: Node, index: int) -> Node:
+    """The node with tensors of its own, so that several nodes make one graph of separate networks."""
+
+    def name(t: Tensor) -> Tensor:
+        return replace(t, name=f"{t.name}_{index}")
+
+    return replace(node, name=f"n{index}", inputs=tuple(map(name, node.inputs)), output=name(node.output))
+
+
+def run(nodes: list[Node], folder: Path, samples: int = 3, extremes: bool = True) -> None:
+    """All nodes in one firmware: every kernel is an MVE one, every code is the reference's."""
+    pytest.importorskip("ziglang", reason="ziglang is not installed (extra 'mcu')")
+    pytest.importorskip("elftools", reason="pyelftools is not installed (extra 'mcu')")
+    from planish.export import c as c_format
+    from planish.runtimes.emulator import Emulator
+
+    nodes = [renamed(n, i) for i, n in enumerate(nodes)]
+
+    def port(t: Tensor) -> Port:
+        return Port(t.name, t.shape, "int8", t, tuple(range(len(t.shape))))
+
+    inputs = tuple(port(t) for n in nodes for t in n.inputs)
+    graph = Graph(tuple(nodes), inputs, tuple(port(n.output) for n in nodes))
+    rng = np.random.default_rng(5)
+    x = {p.name: rng.integers(-128, 128, (samples, *p.shape[1:])).astype(np.int8) for p in inputs}
+    if extremes:
+        for values in x.values():
+            values[1] = np.where(rng.random(values[1].shape) < 0.5, -128, 127)
+            values[2] = -128
+    facts, _, _ = c_format.write_project(
+        graph, "many", targets.load(TARGET), {k: v[:1] for k, v in x.items()}, folder, []
+    )
+    kernels = {layer["name"]: layer["kernel"] for layer in facts["layers"]}
+    assert [k for k in kernels.values() if not k.startswith("mve_")] == []
+    with Emulator().open(Artifact(folder, {"format": "c", "target": TARGET}), 1) as session:
+        got = session.run(x)
+    for node in nodes:
+        expected = graph.ops[node.op].reference(node, *(x[t.name] for t in node.inputs))
+        wrong = np.argwhere(got[node.output.name] != expected)
+        shapes = [t.shape for t in node.inputs]
+        assert not len(wrong), (
+            f"{node.name}: {shapes}, {dict(node.attributes)}: {len(wrong)} of {expected.size}, {wrong[:3]}"
+        )
+
+
+def convolutions(bench: Any) -> list[Node]:
+    rng = np.random.default_rng(1)
+    grid: list[dict[str, Any]] = [
+        dict(c=16, o=16, size=(8, 8)),
+        dict(c=3, o=16, size=(9, 7)),
+        dict(c=3, o=8, size=(12, 12), stride=2, pads=(0, 0, 1, 1)),
+        dict(c=1, o=12, size=(20, 10), kernel=(10, 4), stride=2, pads=(4, 1, 5, 1)),
+        dict(c=16, o=5, size=(7, 6), low=0.0, high=6.0),
+        dict(c=5, o=3, size=(9, 9), dilation=2, pads=(2, 2, 2, 2), with_bias="none"),
+        dict(c=7, o=6, size=(5, 5), kernel=(5, 5), pads=(2, 2, 2, 2)),
+        dict(c=1, o=1, size=(5, 6), pads=(0, 0, 0, 0), per_channel=False),
+        dict(c=4, o=9, size=(6, 1), kernel=(3, 1), pads=(1, 0, 1, 0)),
+        dict(c=64, o=4, size=(4, 4), pads=(3, 3, 3, 3)),
+        dict(c=33, o=4, size=(5, 4), kernel=(2, 3), pads=(0, 1, 0, 1), low=0.0),
+        *(
+            dict(c=c, o=o, size=size, kernel=(1, 1), pads=(0, 0, 0, 0), stride=stride)
+            for c, o, size, stride in (
+                (8, 16, (6, 6), 1), (16, 32, (5, 5), 1), (32, 32, (4, 4), 1), (64, 64, (5, 5), 1), (128, 12, (3, 3), 1), (1, 4, (3, 5), 1),
+                (3, 4, (4, 4), 1), (8, 7, (5, 5), 1), (12, 8, (7, 3), 1), (24, 8, (5, 5), 2), (16, 32, (9, 8), 2), (40, 10, (1, 1), 1),
+                (17, 1, (4, 5), 1), (9, 4, (7, 7), 3), (31, 4, (2, 2), 1), (48, 20, (3, 1), 1), (256, 4, (3, 3), 1),
+            )
+        ),
+        dict(c=7, o=4, size=(6, 5), kernel=(1, 1), pads=(1, 0, 0, 1)),
+    ]  # fmt: skip
+    return [bench.node_of("conv2d", bench.convolution(rng, **g)) for g in grid]
+
+
+@pytest.mark.parametrize("width", [8, 4, 2])
+def test_conv2d(width: int, bench: Any, tmp_path: Path) -> None:
+    nodes = convolutions(bench)
+    run([n if width == 8 else narrow.node_in(n, width) for n in nodes], tmp_path)
