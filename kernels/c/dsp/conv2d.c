@@ -81,7 +81,7 @@ void PLANISH_KERNEL(const planish_dsp_conv2d_layer *l, const int8_t *x, int8_t *
 {
     uint32_t *pairs = (uint32_t *)(void *)scratch; /* 4 * units */
     int8_t *padding = scratch + 16 * l->units;     /* (in_channels / groups) */
-    int32_t depth = l->in_channels / l->groups, outputs = l->out_channels / l->groups;
+    int32_t depth = l->in_channels / l->groups, channels = l->out_channels, outputs = channels / l->groups;
     planish_product product;
     int32_t group, i;
     product.weight = l->weight;
@@ -100,9 +100,9 @@ void PLANISH_KERNEL(const planish_dsp_conv2d_layer *l, const int8_t *x, int8_t *
             advance(l, &next);
             b = left > 1 ? next : a; /* an odd pixel at the end is computed twice */
             gather(l, x, a, b, pairs, padding);
-            PRODUCT(&product, pairs, to, left > 1 ? l->out_channels : 0);
+            PRODUCT(&product, pairs, to, left > 1 ? channels : 0);
             advance(l, &next);
-            to += 2 * l->out_channels;
+            to += 2 * channels;
         }
         x += depth;
         y += outputs;

@@ -31,10 +31,10 @@ class Conv2d(Version):
         if (node.attributes["low"], node.attributes["high"]) != (-128, 127):
             return None
         rows = weight.transpose(0, 2, 3, 1).reshape(outputs, -1)  # (out, kh * kw * depth)
-        bits = 8
-        streams = packing.pack(node, rows, bits)
+        streams = packing.pack(node, rows)
         if streams is None:
             return None
+        bits = streams.bits
         shape = window.of(node)
         pointwise = shape.kernel == (1, 1) and shape.pads == (0, 0, 0, 0) and groups == 1
         _, channels, height, width = node.inputs[0].shape

@@ -30,13 +30,22 @@ class Streams:
     groups: int
 
 
-def pack(node: Node, rows: Array, bits: int) -> Streams | None:
+def width(rows: Array) -> int:
+    """The least of 8, 4 and 2 bits that holds all weights."""
+    low, high = int(rows.min()), int(rows.max())
+    return next(b for b in (2, 4, 8) if low >= -(1 << b - 1) and high < 1 << b - 1)
+
+
+def pack(node: Node, rows: Array, even: bool = False) -> Streams | None:
     """Streams of the weights of a node, int8 `rows` (out, depth) in the order in which their depths are gathered.
 
-    None where a sum could leave the range in which the packed form is exact.
+    `even`: an even number of units, as the products with one column take. None where a sum could leave the range in which the
+    packed form is exact.
     """
     outputs, depth = rows.shape
+    bits = width(rows)
     units, groups = -(-depth // UNIT), -(-outputs // GROUP)
+    units += units % 2 if even else 0
     w = np.zeros((groups * GROUP, units * UNIT), np.int64)
     b, factor = np.zeros(groups * GROUP, np.int64), np.zeros(groups * GROUP, np.float32)
     w[:outputs, :depth], b[:outputs], factor[:outputs] = _without_constants(node, rows)

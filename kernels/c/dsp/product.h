@@ -37,6 +37,11 @@ void planish_product_8(const planish_product *product, const uint32_t *pairs, in
 void planish_product_4(const planish_product *product, const uint32_t *pairs, int8_t *y, int32_t second);
 void planish_product_2(const planish_product *product, const uint32_t *pairs, int8_t *y, int32_t second);
 
+/* One column: x holds 4 * units codes, units even; x and y are multiples of 4. sum is that of x. */
+void planish_row_product_8(const planish_product *product, const int8_t *x, int8_t *y, int32_t sum);
+void planish_row_product_4(const planish_product *product, const int8_t *x, int8_t *y, int32_t sum);
+void planish_row_product_2(const planish_product *product, const int8_t *x, int8_t *y, int32_t sum);
+
 /* int8 codes to pairs: words words of a and of b, interleaved as above. a and b are multiples of 4. Returns the end. */
 uint32_t *planish_expand(const int8_t *a, const int8_t *b, uint32_t *pairs, int32_t words);
 

@@ -38,6 +38,6 @@ __attribute__((naked)) void planish_product_8(__attribute__((unused)) const plan
 
 void planish_product_8(const planish_product *product, const uint32_t *pairs, int8_t *y, int32_t second)
 {
-    planish_product_c(product, pairs, 2, y, second, 8);
+    planish_product_c(product, pairs, y, second, 8);
 }
 #endif

@@ -29,35 +29,51 @@ static inline int32_t planish_unpack(const uint32_t *unit, int32_t output, int32
     return output ? field - 2 : field - 2 * (field & 2);
 }
 
-static inline void planish_product_c(const planish_product *product, const uint32_t *pairs, int32_t columns, int8_t *y,
-                                     int32_t second, int32_t bits)
+/* the code of one output for the unit's words at weight: x(unit, depth) is at pairs or, without them, at codes */
+static inline int8_t planish_product_code(const planish_product *product, const uint32_t *weight, int32_t output, int32_t bits,
+                                          const uint32_t *pairs, const int8_t *codes)
 {
-    static const int32_t scale[3][4] = {{64, 16, 4, 1}, {4096, 256, 16, 1}, {256, 1, 256, 1}};
-    const int32_t *power = scale[bits >> 2];
-    const uint32_t *stream = product->weight;
-    int32_t words = bits >> 1; /* of a unit */
+    static const int32_t powers[3][4] = {{64, 16, 4, 1}, {4096, 256, 16, 1}, {256, 1, 256, 1}};
+    int32_t power = powers[bits >> 2][output], words = bits >> 1 /* of a unit */, unit, depth;
     int32_t zero_point = (int32_t)(product->zero_points & 0xFFFFu) - 128;
-    int32_t group, column, output, unit, depth;
-    for (group = 0; group < product->groups; group++) {
-        const uint32_t *weight = stream + 4;
-        union { uint32_t word; float value; } factor;
-        stream = weight + words * product->units + 4;
-        for (column = 0; column < columns; column++) {
-            for (output = 0; output < 4; output++) {
-                int alone = output == 3 || (bits == 8 && output == 1);
-                uint32_t total = weight[output - 4] - (alone ? 0u : weight[output - 3]); /* power times the bias */
-                for (unit = 0; unit < product->units; unit++) {
-                    for (depth = 0; depth < 4; depth++) {
-                        int32_t w = planish_unpack(weight + words * unit, output, depth, bits);
-                        int32_t x = planish_half(pairs[columns * (2 * unit + (depth & 1)) + column], depth >> 1);
-                        total += (uint32_t)(w * x * power[output]);
-                    }
-                }
-                factor.word = stream[output - 4];
-                y[column * second + 4 * group + output] = planish_requantize(
-                    (int32_t)total, factor.value, (float)(-128 - zero_point), (float)(127 - zero_point), zero_point);
-            }
+    int alone = power == 1;
+    uint32_t total = weight[output - 4] - (alone ? 0u : weight[output - 3]); /* power times the bias */
+    union { uint32_t word; float value; } factor;
+    for (unit = 0; unit < product->units; unit++) {
+        for (depth = 0; depth < 4; depth++) {
+            int32_t w = planish_unpack(weight + words * unit, output, depth, bits);
+            int32_t x = pairs ? planish_half(pairs[4 * unit + 2 * (depth & 1)], depth >> 1) : codes[4 * unit + depth];
+            total += (uint32_t)(w * x * power);
         }
+    }
+    factor.word = weight[words * product->units + output];
+    return planish_requantize((int32_t)total, factor.value, (float)(-128 - zero_point), (float)(127 - zero_point), zero_point);
+}
+
+static inline void planish_product_c(const planish_product *product, const uint32_t *pairs, int8_t *y, int32_t second,
+                                     int32_t bits)
+{
+    const uint32_t *weight = product->weight + 4;
+    int32_t group, output;
+    for (group = 0; group < product->groups; group++) {
+        for (output = 0; output < 4; output++) {
+            int8_t *to = y + 4 * group + output;
+            to[second] = planish_product_code(product, weight, output, bits, pairs + 1, 0);
+            *to = planish_product_code(product, weight, output, bits, pairs, 0);
+        }
+        weight += (bits >> 1) * product->units + 8;
+    }
+}
+
+static inline void planish_row_product_c(const planish_product *product, const int8_t *x, int8_t *y, int32_t bits)
+{
+    const uint32_t *weight = product->weight + 4;
+    int32_t group, output;
+    for (group = 0; group < product->groups; group++) {
+        for (output = 0; output < 4; output++) {
+            y[4 * group + output] = planish_product_code(product, weight, output, bits, 0, x);
+        }
+        weight += (bits >> 1) * product->units + 8;
     }
 }
 

@@ -1,0 +1,68 @@
+/* Fully connected layer on one row, four outputs at a time (dsp/product.h).
+ *
+ * A template: WEIGHT_BITS is 8, 4 or 2; PADDED where the number of inputs is no multiple of 8; STAGED where the codes go to scratch
+ * first, for outputs that are clamped, packed (Y_BITS) or no multiple of 4.
+ */
+#include "dsp/fully_connected.h"
+#include "dsp/emit.h"
+#include "dsp/halves.h"
+#include "dsp/product.h"
+
+#if WEIGHT_BITS == 8
+#define PRODUCT planish_row_product_8
+#elif WEIGHT_BITS == 4
+#define PRODUCT planish_row_product_4
+#else
+#define PRODUCT planish_row_product_2
+#endif
+
+#if WEIGHT_BITS < 8
+static int32_t sum_of(const int8_t *x, int32_t words)
+{
+    int32_t total = 0;
+    for (; words > 0; words--) {
+        uint32_t word = planish_load_word(x);
+        total = planish_dot(planish_even_bytes(word), 0x00010001u, total);
+        total = planish_dot(planish_odd_bytes(word), 0x00010001u, total);
+        x += 4;
+    }
+    return total;
+}
+#endif
+
+void PLANISH_KERNEL(const planish_dsp_fully_connected_layer *l, const int8_t *x, int8_t *y
+#if PADDED || STAGED
+                    , int8_t *scratch
+#endif
+)
+{
+    int32_t sum = 0;
+    planish_product product;
+    product.weight = l->weight;
+    product.units = l->units;
+    product.groups = l->groups;
+    product.zero_points = (uint32_t)(l->y_zero_point + 128) * 0x00010001u;
+#if PADDED
+    {
+        int8_t *row = scratch; /* (4 * units) */
+        int32_t i;
+        for (i = 0; i < l->in_features; i++) {
+            row[i] = x[i];
+        }
+        for (; i < 4 * l->units; i++) {
+            row[i] = 0;
+        }
+        x = row;
+        scratch += 4 * l->units;
+    }
+#endif
+#if WEIGHT_BITS < 8
+    sum = sum_of(x, l->units);
+#endif
+#if STAGED
+    PRODUCT(&product, x, scratch, sum); /* (4 * groups) */
+    planish_emit(scratch, l->out_features, l->low, l->high, y, 0);
+#else
+    PRODUCT(&product, x, y, sum);
+#endif
+}
