@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,8 @@ TIMES = {"us": 1e-3, "ms": 1.0, "s": 1e3}
 FORM = "flash=BYTES,ram=BYTES,latency=TIME, e.g. flash=256K,ram=64K,latency=20ms (one or more of the three)"
 ROUNDS = 4
 """choices tried at most: code size and padding are only known once a choice is built"""
+SETS = ((8, 4), (8, 2), (8, 4, 2))
+"""widths that are tried together: every width brings code of its own"""
 SAMPLES = 4
 """golden samples that the loss of a layer is measured on"""
 WEIGHTS = np.geomspace(1e-3, 1e3, 13)
@@ -173,35 +175,57 @@ def _narrowed(
 ) -> tuple[Graph, Cost]:
     """The choice of widths with least loss that keeps the budget, built and measured."""
     names = [n.name for n in graph.nodes if n.op in narrow.OPS and narrow.bits(n) == 8]
-    widths = (8, 4, 2)
-    tables = {8: start} | {w: measure(narrow.narrow(graph, w)) for w in widths[1:]}
-    fixed = {w: (tables[w].flash - sum(tables[w].weights.values()), sum(tables[w].layers.values())) for w in widths}
-    losses = _losses(graph, names, golden)
-    costs = [[(tables[w].weights[n], tables[w].layers[n]) for w in widths] for n in names]
-    rest_flash = max(f for f, _ in fixed.values()) + sum(v for k, v in start.weights.items() if k not in names)
-    rest_cycles = sum(v for k, v in start.layers.items() if k not in names)
+    tables = {8: start} | {w: measure(narrow.narrow(graph, w)) for w in (4, 2)}
+    losses = dict(zip(names, _losses(graph, names, golden), strict=True))
+    tried: list[Cost] = [start, tables[4], tables[2]]
+    found: tuple[float, Graph, Cost] | None = None
+    for widths in SETS:
+        for loss, chosen in _assignments(graph, names, widths, tables, losses, budget, tried, measure):
+            if found is None or loss < found[0]:
+                found = (loss, chosen, tried[-1])
+    if found is None:
+        raise PlanishError(_missing(tried, budget, "with weights of 4 and 2 bits"))
+    return found[1], found[2]
+
+
+def _assignments(
+    graph: Graph,
+    names: Sequence[str],
+    widths: Sequence[int],
+    tables: Mapping[int, Cost],
+    losses: Mapping[str, Mapping[int, float]],
+    budget: Budget,
+    tried: list[Cost],
+    measure: Callable[[Graph], Cost],
+) -> Iterator[tuple[float, Graph]]:
+    """(loss, graph) of the best assignment of `widths` that keeps the budget when built, if there is one; every graph that was
+    built is added to `tried`. What is besides the layers (code, other ops) is known only then, so a miss shrinks the room.
+    """
+    start = tables[8]
+    others = sum(v for k, v in start.weights.items() if k not in names)
+    code = max(tables[w].flash - sum(tables[w].weights.values()) for w in widths)
     per_ms = sum(start.layers.values()) / start.latency_ms if start.latency_ms else 1.0
-    room_flash = np.inf if budget.flash is None else budget.flash - rest_flash
-    room_cycles = np.inf if budget.latency_ms is None else budget.latency_ms * per_ms - rest_cycles
-    tried: list[Cost] = [start]
+    rest = sum(v for k, v in start.layers.items() if k not in names)
+    room_flash = np.inf if budget.flash is None else budget.flash - code - others
+    room_cycles = np.inf if budget.latency_ms is None else budget.latency_ms * per_ms - rest
+    costs = [[(tables[w].weights[n], tables[w].layers[n]) for w in widths] for n in names]
+    loss = [[losses[n][w] for w in widths] for n in names]
     for _ in range(ROUNDS):
-        choice = _choose(costs, losses, room_flash, room_cycles)
+        choice = _choose(costs, loss, room_flash, room_cycles)
         if choice is None:
-            break
+            return
         chosen = graph
         for name, index in zip(names, choice, strict=True):
-            if widths[index] < 8:
-                chosen = narrow.narrow(chosen, widths[index], [name])
+            chosen = narrow.narrow(chosen, widths[index], [name])
         after = measure(chosen)
         tried.append(after)
-        over = after.over(budget)
-        if not over:
-            return chosen, after
+        if not after.over(budget):
+            yield sum(row[i] for row, i in zip(loss, choice, strict=True)), chosen
+            return
         if budget.flash is not None:
             room_flash -= max(after.flash - budget.flash, 0)
         if budget.latency_ms is not None and after.latency_ms is not None:
             room_cycles -= max(after.latency_ms - budget.latency_ms, 0.0) * per_ms
-    raise PlanishError(_missing([*tried, tables[4], tables[2]], budget, "with weights of 4 and 2 bits"))
 
 
 def _choose(
@@ -227,11 +251,11 @@ def _choose(
     return None if best is None else best[1]
 
 
-def _losses(graph: Graph, names: Sequence[str], golden: Mapping[str, np.ndarray]) -> list[list[float]]:
+def _losses(graph: Graph, names: Sequence[str], golden: Mapping[str, np.ndarray]) -> list[dict[int, float]]:
     """For every layer the loss of 8, 4 and 2 bits: squared distance of the outputs when it alone is narrowed."""
     whole = graph.reference(golden)
     return [
-        [0.0, *(_distance(narrow.narrow(graph, w, [n]).reference(golden), whole) for w in (4, 2))]
+        {8: 0.0} | {w: _distance(narrow.narrow(graph, w, [n]).reference(golden), whole) for w in (4, 2)}
         for n in track(names, "measuring what fewer bits lose")
     ]
 
