@@ -237,6 +237,30 @@ typedef struct {
 
 void planish_softmax(const planish_softmax_layer *layer, const int8_t *x, int8_t *y);
 
+/* layer normalization of `rows` of `size` codes */
+typedef struct {
+    int32_t rows, size, y_zero_point, low, high;
+    float epsilon;      /* in squared codes, times size^2 */
+    const float *gain;  /* (size) */
+    const float *shift; /* (size) */
+} planish_layer_norm_layer;
+
+void planish_layer_norm(const planish_layer_norm_layer *layer, const int8_t *x, int8_t *y);
+
+/* `batches` times a (rows, depth) by b (depth, columns); offset and steps in memory of each, from batch to batch, from row to row and
+ * from column to column */
+typedef struct {
+    int32_t batches, rows, columns, depth;
+    int32_t a_offset, a_batch, a_row, a_column;
+    int32_t b_offset, b_batch, b_row, b_column;
+    int32_t y_offset, y_batch, y_row, y_column;
+    int32_t a_zero_point, b_zero_point, y_zero_point, low, high;
+    float rescale;
+} planish_matmul_layer;
+
+/* scratch: 8 * depth bytes, a multiple of 4 as its address */
+void planish_matmul(const planish_matmul_layer *layer, const int8_t *a, const int8_t *b, int8_t *y, int8_t *scratch);
+
 #ifdef __cplusplus
 }
 #endif

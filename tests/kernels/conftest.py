@@ -254,6 +254,32 @@ def softmax(rng: Rng) -> Iterator[Example]:
     yield made("Softmax", (x,), Tensor("y", (1, 12), np.float32(0.0021), -120), {"axis": -1}, 0.0, 0.3)
 
 
+def layer_norm(rng: Rng) -> Iterator[Example]:
+    for shape in ((1, 64), (1, 5, 7), (1, 3, 1), (1, 2, 300), (1, 4, 20)):
+        x, size = tensor(rng, "x", *shape), shape[-1]
+        gain = Constant("gain", rng.uniform(0.3, 1.8, size).astype(np.float32))
+        shift = Constant("shift", rng.normal(0, 0.5, size).astype(np.float32))
+        y = tensor(rng, "y", *shape, scale=rng.uniform(0.01, 0.05))
+        yield made("LayerNormalization", (x, gain, shift), y, {"axis": -1, "epsilon": 1e-5})
+    yield made("LayerNormalization", (x, gain), y, {"axis": len(x.shape) - 1, "epsilon": 0.5}, 0.0, 3.0)
+
+
+def matmul(rng: Rng) -> Iterator[Example]:
+    for a, b in (
+        ((1, 5, 7), (1, 7, 6)),
+        ((1, 4, 6, 16), (1, 4, 16, 6)),
+        ((1, 2, 3, 33), (1, 2, 33, 9)),
+        ((1, 3, 4, 5), (1, 1, 5, 4)),
+        ((1, 2, 3, 4, 5), (1, 2, 3, 5, 2)),
+        ((1, 1, 1), (1, 1, 1)),
+    ):
+        left, right = tensor(rng, "a", *a), tensor(rng, "b", *b)
+        spread = float(left.scale * right.scale) * 75 * 75 * np.sqrt(a[-1]) / 60
+        y = tensor(rng, "y", *a[:-1], b[-1], scale=spread * rng.uniform(0.5, 2))
+        yield made("MatMul", (left, right), y)
+    yield made("MatMul", (left, right), y, {}, 0.0)
+
+
 def reshape(rng: Rng) -> Iterator[Example]:
     for a, b in (
         ((1, 3, 4, 5), (1, 60)),
@@ -333,7 +359,9 @@ EXAMPLES: dict[str, Callable[[Rng], Iterator[Example]]] = {
     "flatten": flatten,
     "fully_connected": fully_connected,
     "global_average_pool": global_average_pool,
+    "layer_norm": layer_norm,
     "lookup": lookup,
+    "matmul": matmul,
     "max_pool": pool("MaxPool"),
     "mul": binary("Mul"),
     "pad": pad,

@@ -104,7 +104,7 @@ def test_batch_is_independent(op_name: str, bench: Any) -> None:
 def test_extreme_inputs_do_not_overflow(bench: Any, library: tuple[ctypes.CDLL, dict[str, Any]]) -> None:
     """Codes that are all lowest or all highest, where sums are largest."""
     dll, nodes = library
-    for name in ("conv2d", "depthwise_conv2d", "fully_connected", "global_average_pool"):
+    for name in ("conv2d", "depthwise_conv2d", "fully_connected", "global_average_pool", "layer_norm", "matmul"):
         for i, (node, call) in enumerate(nodes[name]):
             inputs = [np.stack([np.full(t.shape[1:], v, np.int8) for v in (-128, 127)]) for t in node.inputs]
             expected = bench.layout.to_memory(bench.op(name).reference(node, *inputs))

@@ -29,7 +29,10 @@ FUSED = {
 }
 MOVES = {"MaxPool", "Slice", "Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Pad", "Identity"}
 """element by element quantize(dequantize(x)) however the runtime does it: exact"""
-APPROXIMATED = {"Sigmoid", "Tanh", "Erf", "Exp", "Gelu", "Elu", "Selu", "Softplus", "Softsign", "Mish", "ReduceMean"}
+APPROXIMATED = {
+    *("Sigmoid", "Tanh", "Erf", "Exp", "Gelu", "Elu", "Selu", "Softplus", "Softsign", "Mish"),
+    *("ReduceMean", "LayerNormalization"),
+}
 """float32 approximations or float sums in the runtime: within 1 code"""
 UNKNOWN_TO_RUNTIME = {"Swish"}
 NICE = (0.01, 0.02, 0.03, 0.04, 0.05, 0.1, 0.2, 0.25, 0.5, 1 / 3, 1 / 255, 6 / 255, 1 / 256, 0.0125)
