@@ -22,7 +22,7 @@ from .common import files, memory, plugins
 from .common.errors import Missing, PlanishError, listed
 from .common.progress import say
 from .compress import compressed as compressed_model
-from .compress import diagnostics, evaluation, layers, program_file, text, tflite_import
+from .compress import diagnostics, evaluation, layers, onnx_file, program_file, text, tflite_import
 from .compress import forecast as forecasts
 from .compress import journal as journals
 from .compress import load as loading
@@ -579,7 +579,7 @@ def _source(
     name = "".join(c if c.isalnum() else "_" for c in (path.stem if path.suffix else path.name) or "model").strip("_")
     name = name if name and name[0].isalpha() else f"model_{name}"
     if path.suffix in (".onnx", ".tflite"):
-        proto = _read_onnx(path) if path.suffix == ".onnx" else tflite_import.load(path)
+        proto = onnx_file.read(path) if path.suffix == ".onnx" else tflite_import.load(path)
         samples = check(data, _onnx_inputs(proto)).inputs if data else _noise(proto, spec)
         return Source(proto, {k: v[:GOLDEN] for k, v in samples.items()}, name), {"model": spec}
     if (path / "manifest.json").is_file():
@@ -611,17 +611,6 @@ def _graphs(model: Model, golden: Mapping[str, np.ndarray], name: str, program: 
             f"'{model.source}' takes {size:,} bytes as ONNX; a file of which holds at most 2 GiB; compress it to fewer bits first"
         )
     return Source(made, golden, name, program, graph if made is not graph else None)
-
-
-def _read_onnx(path: Path) -> onnx.ModelProto:
-    try:
-        model = onnx.load(path)
-        onnx.checker.check_model(model)
-    except FileNotFoundError:
-        raise PlanishError(f"model '{path}' does not exist") from None
-    except Exception as error:  # protobuf and the checker raise unrelated types for a damaged file
-        raise PlanishError(f"'{path}' is not a valid ONNX file: {str(error).strip().splitlines()[0][:200]}") from None
-    return model
 
 
 def _noise(model: onnx.ModelProto, spec: str) -> dict[str, np.ndarray]:

@@ -18,12 +18,10 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnx.checker
 import onnx.helper
 import onnx.numpy_helper
 import torch
 import torch.nn.functional as F
-from google.protobuf.message import DecodeError
 from torch.fx import Proxy
 from torch.fx.node import map_arg
 from torch.fx.proxy import GraphAppendingTracer
@@ -31,6 +29,7 @@ from torch.utils import _pytree as pytree
 
 from ..common.errors import PlanishError, listed
 from ..kernels import affine
+from . import onnx_file
 from .model import Model, from_program, trace
 
 _ = affine  # its import defines planish::quantize and planish::dequantize
@@ -48,14 +47,7 @@ def load(path: Path, shapes: Mapping[str, tuple[int, ...]] | None = None) -> Mod
 
     Raises PlanishError for a missing or damaged file and for nodes that are not known.
     """
-    try:
-        proto = onnx.load(path)
-        onnx.checker.check_model(proto)
-    except FileNotFoundError as error:
-        raise PlanishError(f"model '{path}' cannot be read: {error}") from None
-    except (DecodeError, onnx.checker.ValidationError, ValueError, OSError) as error:
-        raise PlanishError(f"'{path}' is damaged or no ONNX model: {str(error).splitlines()[0][:150]}") from None
-    return to_model(proto, str(path), shapes)
+    return to_model(onnx_file.read(path), str(path), shapes)
 
 
 def to_model(proto: onnx.ModelProto, source: str, shapes: Mapping[str, tuple[int, ...]] | None = None) -> Model:

@@ -71,6 +71,12 @@ OPTIONS: Mapping[str, tuple[str, tuple[str, ...]]] = {
 """for each operator that has any: the table of its options, and the fields that are read"""
 
 
+MOST_DIMENSIONS = 8
+"""of a tensor, as TFLite has it"""
+LONGEST_NAME = 160
+"""bytes of a name that are kept"""
+
+
 @dataclass(frozen=True)
 class TfliteTensor:
     """One tensor of the file, in TFLite's order of axes (channels last)."""
@@ -188,10 +194,10 @@ class _Reader:
         return found
 
     def _tensor(self, table: Any) -> TfliteTensor:
-        name = (table.Name() or b"").decode("utf-8", "replace")
+        name = _text(table.Name())
         shape = tuple(int(d) for d in _array(table.ShapeAsNumpy()))
-        if any(d < 0 for d in shape):
-            raise _Damaged(f"tensor '{name}' has the shape {shape}")
+        if len(shape) > MOST_DIMENSIONS or any(d < 0 for d in shape):
+            raise _Damaged(f"tensor '{name}' has {len(shape)} dimensions, which begin with {shape[:MOST_DIMENSIONS]}")
         signature = [int(d) for d in _array(table.ShapeSignatureAsNumpy())]
         dtype = self.types.get(table.Type(), str(table.Type()))
         if table.Sparsity() is not None:
@@ -252,7 +258,7 @@ class _Reader:
         number = max(code.BuiltinCode(), code.DeprecatedBuiltinCode())  # the old field holds a byte, the new one an int
         kind = self.codes.get(number, f"operator {number}")
         if kind == "CUSTOM":
-            kind = (code.CustomCode() or b"CUSTOM").decode("utf-8", "replace")
+            kind = _text(code.CustomCode()) or kind
         inputs = self._indices(table.InputsAsNumpy(), tensors, -1)
         outputs = self._indices(table.OutputsAsNumpy(), tensors, 0)
         if not outputs:
@@ -269,6 +275,12 @@ class _Reader:
             raise _Damaged(f"operator {index} ({kind}) has no {type_name}")
         options.Init(found.Bytes, found.Pos)
         return {field: getattr(options, field)() for field in fields}
+
+
+def _text(raw: bytes | None) -> str:
+    """A name, short and printable enough for a message."""
+    text = (raw or b"")[:LONGEST_NAME].decode("utf-8", "replace")
+    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def _array(values: Any) -> Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -33,13 +34,19 @@ def create(model: Path | bytes, threads: int, **settings: Any) -> Any:
     )  # exact; nodes that say a level keep it
     for name, value in settings.items():
         setattr(options, name, value)
-    try:
+    with plain_errors(f"cannot load '{model}'" if isinstance(model, Path) else "cannot load the model"):
         return ort.InferenceSession(
             str(model) if isinstance(model, Path) else model, options, providers=["CPUExecutionProvider"]
         )
+
+
+@contextlib.contextmanager
+def plain_errors(what: str) -> Iterator[None]:
+    """Turn every error of ONNX Runtime into a PlanishError that begins 'ONNX Runtime <what>'."""
+    try:
+        yield
     except Exception as error:  # onnxruntime raises bare RuntimeError subclasses of its own for every fault
-        name = f"'{model}'" if isinstance(model, Path) else "the model"
-        raise PlanishError(f"ONNX Runtime cannot load {name}: {str(error).splitlines()[0][:300]}") from error
+        raise PlanishError(f"ONNX Runtime {what}: {(str(error).splitlines() or [''])[0][:300]}") from error
 
 
 def feeds(session: Any, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -67,5 +74,6 @@ def batches(session: Any, inputs: Mapping[str, np.ndarray], size: int) -> Iterat
 def run(session: Any, inputs: Mapping[str, np.ndarray], batch: int = 256) -> dict[str, np.ndarray]:
     """Outputs of an InferenceSession for (n, ...) inputs, at most `batch` samples at a time."""
     names = [o.name for o in session.get_outputs()]
-    parts = [session.run(names, part) for part in batches(session, inputs, batch)]
+    with plain_errors("cannot run the model"):
+        parts = [session.run(names, part) for part in batches(session, inputs, batch)]
     return {name: np.concatenate([p[i] for p in parts]) for i, name in enumerate(names)}

@@ -24,6 +24,8 @@ SAME_ORDER = ("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity", "Dropout
 MOVES = (*SAME_ORDER, "Transpose", "Slice", "Split", "Gather", "Pad", "MaxPool")
 """ops whose output elements are input elements, so that codes and real values move alike"""
 BORDER = ("QuantizeLinear", "DequantizeLinear")
+SMALLEST, LARGEST = 2.0**-64, 2.0**64
+"""scales of activations, so that float32 holds what is computed with them"""
 
 
 @dataclass(frozen=True)
@@ -214,8 +216,8 @@ class _Reader:
         if zero.dtype not in (np.int8, np.uint8):
             raise PlanishError(f"{where} has codes of type {zero.dtype}; activations of int8 and uint8 are accepted")
         unsigned = zero.dtype == np.uint8
-        if not np.isfinite(scale).all() or scale.item() <= 0:
-            raise PlanishError(f"{where} has the scale {scale.item()}; a positive number is accepted")
+        if not SMALLEST <= scale.item() <= LARGEST:
+            raise PlanishError(f"{where} has the scale {scale.item()}; a number from 2^-64 to 2^64 is accepted")
         return np.float32(scale.item()), int(zero.item()) - (128 if unsigned else 0), unsigned
 
     def _dequantize(self, node: onnx.NodeProto) -> Known:
@@ -498,6 +500,8 @@ def _quantized_constant(
         raise PlanishError(
             f"node '{fold.label(node)}' dequantizes '{name}' in blocks; one scale per channel is accepted"
         )
+    if not np.isfinite(scale).all() or (scale < 0).any():
+        raise PlanishError(f"node '{fold.label(node)}' dequantizes '{name}' with a scale that is no positive number")
     kind = str(codes.dtype)
     if kind in ("uint8", "int8", "int4", "uint4", "int2", "uint2"):
         shift = 128 if kind == "uint8" else 0

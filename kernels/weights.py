@@ -27,12 +27,15 @@ def parse(node: FloatOp, x: Tensor, weight: Constant, values: Array, axis: int, 
         raise Unsupported(f"its weight is quantized along axis {weight.axis}; axis {axis} is supported")
     w_scale = np.broadcast_to(weight.scale.reshape(-1).astype(np.float32), (outputs,))
     zero_point = np.broadcast_to(weight.zero_point.reshape(-1).astype(np.int32), (outputs,))
+    rescale = np.asarray(integer.rescale(x.scale, w_scale, node.output.scale), np.float32).reshape(outputs)
+    if not ((rescale >= 0) & (rescale < 2**31)).all():
+        raise Unsupported(f"its scales give a factor of {float(rescale.max())}; 0 to 2^31 is supported")
     bias = node.inputs[2] if len(node.inputs) > 2 else None
     return {
         "weight": np.ascontiguousarray(values, dtype=np.int8),
         "weight_zero_point": zero_point.copy(),
         "bias": _bias(bias, x.scale * w_scale, outputs),
-        "rescale": np.asarray(integer.rescale(x.scale, w_scale, node.output.scale), np.float32).reshape(outputs),
+        "rescale": rescale,
     }
 
 
@@ -83,7 +86,8 @@ def _bias(bias: Tensor | Constant | None, scale: Array, outputs: int) -> Array:
         if not zero.any() and np.allclose(own, scale, rtol=1e-5, atol=0):
             return values.astype(np.int32)
         real = (values.astype(np.float64) - zero) * own
-    codes = np.rint(real / scale.astype(real.dtype))  # float bias: a float32 division, as QuantizeLinear does
-    if (np.abs(codes) >= 2**31).any():
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        codes = np.rint(real / scale.astype(real.dtype))  # float bias: a float32 division, as QuantizeLinear does
+    if not (np.abs(codes) < 2**31).all():
         raise Unsupported("its bias does not fit 32 bits at the scale of the products")
     return codes.astype(np.int32)
