@@ -42,6 +42,23 @@ INTERRUPTED = "interrupted; no output was written"
 ArtifactPath = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Folder written by `planish export`.")]
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        from . import __version__
+
+        typer.echo(f"planish {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Prune, quantize and export a trained model to a device, and profile it there."""
+
+
 @app.command()
 def compress(
     model: ModelName,

@@ -355,3 +355,12 @@ def test_python_api_is_the_command_line(place):
     assert package.verify(Path("artifact"))["ok"]
     with pytest.raises(package.PlanishError, match="toaster"):
         package.export("small", target="toaster", output=Path("other"))
+
+
+def test_version(capsys):
+    import planish
+
+    with pytest.raises(SystemExit) as stopped:
+        cli.app(["--version"])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out == f"planish {planish.__version__}\n"
