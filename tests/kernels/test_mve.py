@@ -99,3 +99,36 @@ def convolutions(bench: Any) -> list[Node]:
 def test_conv2d(width: int, bench: Any, tmp_path: Path) -> None:
     nodes = convolutions(bench)
     run([n if width == 8 else narrow.node_in(n, width) for n in nodes], tmp_path)
+
+
+def depthwise(bench: Any) -> list[Node]:
+    rng = np.random.default_rng(2)
+    grid: list[dict[str, Any]] = [
+        dict(c=16, size=(8, 8)),
+        dict(c=8, size=(9, 7), low=0.0, high=6.0),
+        dict(c=40, size=(7, 5)),
+        dict(c=64, size=(25, 5)),
+        dict(c=3, size=(2, 2), pads=(1, 1, 1, 1)),
+        dict(c=17, size=(6, 12), low=0.0),
+        dict(c=4, size=(3, 3)),
+        dict(c=2, size=(5, 4), pads=(0, 0, 0, 0)),
+        dict(c=5, size=(4, 40), pads=(2, 2, 2, 2)),
+        dict(c=6, size=(6, 6), kernel=(2, 2), pads=(0, 0, 1, 1)),
+        dict(c=6, size=(6, 7), kernel=(3, 1), pads=(1, 0, 1, 0)),
+        dict(c=6, size=(6, 7), kernel=(1, 3), pads=(0, 1, 0, 1)),
+        dict(c=16, size=(8, 8), stride=2, pads=(0, 0, 1, 1)),
+        dict(c=7, size=(9, 11), stride=2),
+        dict(c=24, size=(6, 3), stride=2, low=0.0, high=3.0),
+        dict(c=20, size=(9, 9), stride=3),
+        dict(c=8, size=(1, 9)),
+        dict(c=8, size=(9, 1)),
+        dict(c=8, size=(7, 6), kernel=(4, 4), pads=(1, 2, 2, 1)),
+        dict(c=9, size=(12, 8), kernel=(4, 2), stride=2, pads=(3, 1, 3, 1)),
+    ]
+    return [bench.node_of("depthwise_conv2d", bench.convolution(rng, o=g["c"], group=g["c"], **g)) for g in grid]
+
+
+@pytest.mark.parametrize("width", [8, 4])
+def test_depthwise_conv2d(width: int, bench: Any, tmp_path: Path) -> None:
+    nodes = depthwise(bench)
+    run([n if width == 8 else narrow.node_in(n, width) for n in nodes], tmp_path)

@@ -3,64 +3,17 @@
  * The window of each pixel is one row of bytes: a pixel of the input itself where the kernel is 1 x 1 without padding
  * (PLANISH_POINTWISE), else gathered into scratch, padding filled with the zero point.
  */
+#include "mve/bytes.h"
 #include "mve/conv2d.h"
 #include "mve/windows.h"
 
 #ifndef PLANISH_POINTWISE
 
-#if defined(__ARM_FEATURE_MVE)
-
-static inline void copy(int8_t *to, const int8_t *from, int32_t size)
-{
-    __asm__ volatile(
-        "wlstp.8 lr, %2, 2f\n"
-        "1:\n"
-        "vldrb.u8 q0, [%1], #16\n"
-        "vstrb.8 q0, [%0], #16\n"
-        "letp lr, 1b\n"
-        "2:\n"
-        : "+r"(to), "+r"(from)
-        : "r"(size)
-        : "memory", "cc", "lr", "q0");
-}
-
-static inline void fill(int8_t *to, int32_t value, int32_t size)
-{
-    __asm__ volatile(
-        "vdup.8 q0, %1\n"
-        "wlstp.8 lr, %2, 2f\n"
-        "1:\n"
-        "vstrb.8 q0, [%0], #16\n"
-        "letp lr, 1b\n"
-        "2:\n"
-        : "+r"(to)
-        : "r"(value), "r"(size)
-        : "memory", "cc", "lr", "q0");
-}
-
-#else
-
-static void copy(int8_t *to, const int8_t *from, int32_t size)
-{
-    while (size-- > 0) {
-        *to++ = *from++;
-    }
-}
-
-static void fill(int8_t *to, int32_t value, int32_t size)
-{
-    while (size-- > 0) {
-        *to++ = (int8_t)value;
-    }
-}
-
-#endif
-
 /* the taps of one row of the kernel that lie inside the image: [begin, end), the first at `column` */
 static void gather_clipped(const planish_mve_conv2d_layer *l, const int8_t *x, int32_t top, int32_t left, int8_t *window)
 {
     int32_t depth = l->in_channels, step = l->dilation_width, begin = 0, end = l->kernel_width, i, j;
-    fill(window, l->x_zero_point, l->kernel_height * l->kernel_width * depth);
+    fill_bytes(window, l->x_zero_point, l->kernel_height * l->kernel_width * depth);
     while (begin < end && left + begin * step < 0) {
         begin++;
     }
@@ -73,10 +26,10 @@ static void gather_clipped(const planish_mve_conv2d_layer *l, const int8_t *x, i
             const int8_t *source = x + (row * l->in_width + left + begin * step) * depth;
             int8_t *to = window + begin * depth;
             if (step == 1) {
-                copy(to, source, (end - begin) * depth);
+                copy_bytes(to, source, (end - begin) * depth);
             } else {
                 for (j = begin; j < end; j++) {
-                    copy(to, source, depth);
+                    copy_bytes(to, source, depth);
                     to += depth;
                     source += step * depth;
                 }
@@ -95,7 +48,7 @@ static inline void gather(const planish_mve_conv2d_layer *l, const int8_t *x, in
         const int8_t *source = x + (top * l->in_width + left) * l->in_channels;
         int32_t i;
         for (i = l->kernel_height; i > 0; i--) {
-            copy(window, source, run);
+            copy_bytes(window, source, run);
             window += run;
             source += pitch;
         }

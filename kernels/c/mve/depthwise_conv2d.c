@@ -1,0 +1,333 @@
+/* Depthwise convolution with MVE, kernels of up to 4 x 4: four rows of the input in one word, so that a vector of four words is
+ * a piece of image of 4 x 4 pixels of one channel, and one multiply-accumulate across the vector is a whole window.
+ *
+ * Scratch holds, for every column, sixteen channels of such words (64 bytes a column). They are made by the interleaving store
+ * VST4 from four rows of sixteen channels; padding is the zero point. Then each channel goes through the strip:
+ *
+ *     PLANISH_TILES (stride 1, up to 3 x 3): one vector holds four windows, those of 2 x 2 outputs; the weights lie in four
+ *         vectors, moved by a column (a word) and by a row (a byte). Where the width is odd (PLANISH_ODD) the first two tiles overlap by a
+ *         column, where the height is odd the last two rows of tiles by a row: an output is then computed twice.
+ *     else: four outputs of a row, a vector each; PLANISH_STRIDE is the stride along the row.
+ *
+ * PLANISH_COLUMNS: words of weights a channel. PLANISH_CLAMP: the codes' bounds are not those of int8.
+ */
+#include "mve/bytes.h"
+#include "mve/depthwise_conv2d.h"
+
+enum { CHANNELS = 16, PITCH = 4 * CHANNELS };
+
+#ifdef PLANISH_TILES
+enum { TILE_HEIGHT = 2, TILE_WIDTH = 2, COLUMN_STEP = 1, STEP_BYTES = 2 * PITCH };
+#else
+enum { TILE_HEIGHT = 1, TILE_WIDTH = 4, COLUMN_STEP = PLANISH_STRIDE, STEP_BYTES = PLANISH_STRIDE * PITCH };
+#endif
+
+/* the assembly code knows the places of the members */
+typedef struct {
+    const int8_t *x; /* 0: of the next channel: its words */
+    int8_t *y;
+    int32_t next_x, next_y; /* 8: from the last tile of a row of tiles to the first of the next */
+    int32_t tiles;          /* 16: in a row, that are done in a loop */
+    int32_t rows;           /* 20: of tiles */
+    int32_t y_step;         /* 24: from tile to tile */
+    int32_t zero_point;
+    const uint32_t *weight; /* 32 */
+    int32_t channels;
+    int32_t low, high;   /* 40 */
+    uint32_t outputs[4]; /* 48: offsets of a tile's outputs */
+    uint32_t columns[4]; /* 64: offsets of a vector's columns */
+    int32_t rows_left;   /* 80 */
+    int32_t width;       /* 84: outputs of a row */
+    int32_t x_pitch, y_pitch, pixel; /* bytes from a row of tiles, or of outputs, to the next, and of a pixel */
+} strip_t;
+
+#if defined(__ARM_FEATURE_MVE)
+
+/* words of four rows and `channels` channels for `columns` columns */
+static inline void interleave(const int8_t *const *rows, const int32_t *steps, int32_t columns, int32_t channels, int8_t *to)
+{
+    register const int8_t *const *from __asm__("r12") = rows;
+    register const int32_t *step __asm__("r11") = steps;
+    register int32_t count __asm__("r10") = columns;
+    register int32_t lanes __asm__("r9") = channels;
+    register int8_t *target __asm__("r8") = to;
+    __asm__ volatile(
+        "vctp.8 r9\n"
+        "wls lr, r10, 2f\n"
+        "ldm r12, {r0, r1, r2, r3}\n"
+        "ldm r11, {r4, r5, r6, r9}\n"
+        "1:\n"
+        "vpstttt\n"
+        "vldrbt.u8 q0, [r0]\n"
+        "vldrbt.u8 q1, [r1]\n"
+        "vldrbt.u8 q2, [r2]\n"
+        "vldrbt.u8 q3, [r3]\n"
+        "add r0, r0, r4\n"
+        "add r1, r1, r5\n"
+        "vst40.8 {q0, q1, q2, q3}, [r8]\n"
+        "vst41.8 {q0, q1, q2, q3}, [r8]\n"
+        "add r2, r2, r6\n"
+        "vst42.8 {q0, q1, q2, q3}, [r8]\n"
+        "add r3, r3, r9\n"
+        "vst43.8 {q0, q1, q2, q3}, [r8]!\n"
+        "le lr, 1b\n"
+        "2:\n"
+        : "+r"(from), "+r"(step), "+r"(count), "+r"(lanes), "+r"(target)
+        :
+        : "memory", "cc", "r0", "r1", "r2", "r3", "r4", "r5", "r6", "lr", "q0", "q1", "q2", "q3");
+}
+
+/* the lanes of a channel's weights */
+#define LANES                                 \
+    "movs r0, #" TEXT(PLANISH_COLUMNS) "\n" \
+    "vctp.32 r0\n"
+
+#define TEXT_OF(x) #x
+#define TEXT(x) TEXT_OF(x)
+
+#ifdef PLANISH_CLAMP
+#define SATURATE                \
+    "ldrd r0, r2, [r11, #40]\n" \
+    "vdup.32 q0, r0\n"          \
+    "vmax.s32 q5, q5, q0\n"     \
+    "vdup.32 q0, r2\n"          \
+    "vmin.s32 q5, q5, q0\n"
+#else
+#define SATURATE             \
+    "vqmovnb.s32 q5, q5\n"   \
+    "vqmovnb.s16 q5, q5\n"
+#endif
+
+/* codes of the sums r0, r2, r4, r6; r5 bias, r8 rescale, r9 zero point */
+#define REQUANTIZE               \
+    "vadd.i32 q5, q5, r5\n"      \
+    "vcvt.f32.s32 q5, q5\n"      \
+    "vmul.f32 q5, q5, r8\n"      \
+    "vcvtn.s32.f32 q5, q5\n"     \
+    "vqadd.s32 q5, q5, r9\n"     \
+    SATURATE
+
+#ifdef PLANISH_TILES
+#define PREDICATE_ONCE LANES
+#define PREDICATE ""
+#define TILE                             \
+    "vldrw.u32 q0, [q7, #128]!\n"        \
+    "vmladav.s8 r0, q0, q1\n"            \
+    "vmladav.s8 r2, q0, q2\n"            \
+    "vmladav.s8 r4, q0, q3\n"            \
+    "vmladav.s8 r6, q0, q4\n"            \
+    "vmov q5[2], q5[0], r0, r4\n"        \
+    "vmov q5[3], q5[1], r2, r6\n"        \
+    REQUANTIZE                           \
+    "vstrb.32 q5, [r3, q6]\n"
+#define WEIGHTS                  \
+    "vmov q2, q1\n"              \
+    "movs r0, #0\n"              \
+    "vshlc q2, r0, #32\n"        \
+    "vshl.i32 q3, q1, #8\n"      \
+    "vshl.i32 q4, q2, #8\n"
+#ifdef PLANISH_ODD
+#define FIRST                    \
+    TILE                         \
+    "movs r0, #64\n"             \
+    "vsub.i32 q7, q7, r0\n"      \
+    "add r3, r3, r1, lsr #1\n"
+#else
+#define FIRST ""
+#endif
+#else
+#define PREDICATE_ONCE ""
+#define PREDICATE LANES
+#define WINDOW(sum)                                                       \
+    "vldrw.u32 q0, [q7, #64*" TEXT(PLANISH_STRIDE) "]!\n"                     \
+    "vmladav.s8 " sum ", q0, q1\n"
+#define TILE                         \
+    WINDOW("r0")                     \
+    WINDOW("r2")                     \
+    WINDOW("r4")                     \
+    WINDOW("r6")                     \
+    "vmov q5[2], q5[0], r0, r4\n"    \
+    "vmov q5[3], q5[1], r2, r6\n"    \
+    REQUANTIZE                       \
+    "vctp.32 r10\n"                  \
+    "subs r10, r10, #4\n"            \
+    "vpst\n"                         \
+    "vstrbt.32 q5, [r3, q6]\n"
+#define WEIGHTS ""
+#define FIRST "ldr r10, [r11, #84]\n"
+#endif
+
+/* all outputs of the channels whose words are in scratch */
+static inline void convolve(strip_t *strip)
+{
+    register strip_t *at __asm__("r11") = strip;
+    __asm__ volatile(
+        "vldrw.u32 q6, [r11, #48]\n"
+        "ldrd r1, r9, [r11, #24]\n"
+        "ldr r12, [r11, #32]\n"
+        PREDICATE_ONCE
+        "5:\n" /* a channel */
+        PREDICATE
+        "ldrd r5, r8, [r12], #8\n"
+        "ldrd r0, r3, [r11]\n"
+        "vpst\n"
+        "vldrwt.u32 q1, [r12], #4*" TEXT(PLANISH_COLUMNS) "\n"
+        "vldrw.u32 q7, [r11, #64]\n"
+        "vadd.i32 q7, q7, r0\n"
+        "adds r0, r0, #4\n"
+        "adds r2, r3, #1\n"
+        "strd r0, r2, [r11]\n"
+        WEIGHTS
+        "ldr r0, [r11, #20]\n"
+        "str r0, [r11, #80]\n"
+        "1:\n" /* a row of tiles */
+        "ldr r0, [r11, #16]\n"
+        "dls lr, r0\n"
+        FIRST
+        "2:\n"
+        TILE
+        "add r3, r3, r1\n"
+        "le lr, 2b\n"
+        "ldrd r0, r2, [r11, #8]\n"
+        "vadd.i32 q7, q7, r0\n"
+        "ldr r0, [r11, #80]\n"
+        "add r3, r3, r2\n"
+        "subs r0, r0, #1\n"
+        "str r0, [r11, #80]\n"
+        "bne 1b\n"
+        "ldr r0, [r11, #36]\n"
+        "subs r0, r0, #1\n"
+        "str r0, [r11, #36]\n"
+        "bne 5b\n"
+        : "+r"(at)
+        :
+        : "memory", "cc", "r0", "r1", "r2", "r3", "r4", "r5", "r6", "r8", "r9", "r10", "r12", "lr", "q0", "q1", "q2",
+          "q3", "q4", "q5", "q6", "q7");
+}
+
+#else
+
+static inline void interleave(const int8_t *const *rows, const int32_t *steps, int32_t columns, int32_t channels, int8_t *to)
+{
+    int32_t column, channel, row;
+    for (column = 0; column < columns; column++) {
+        for (channel = 0; channel < channels; channel++) {
+            for (row = 0; row < 4; row++) {
+                to[column * PITCH + channel * 4 + row] = rows[row][column * steps[row] + channel];
+            }
+        }
+    }
+}
+
+static int8_t code_of(const strip_t *s, const int8_t *words, int32_t row, const uint32_t *record)
+{
+    union { uint32_t i; float f; } rescale;
+    int32_t sum = (int32_t)record[0], column, i;
+    rescale.i = record[1];
+    for (column = 0; column < PLANISH_COLUMNS; column++) {
+        const int8_t *weight = (const int8_t *)(record + 2 + column);
+        for (i = 0; i + row < 4; i++) {
+            sum += words[column * PITCH + i + row] * weight[i];
+        }
+    }
+    return planish_requantize(sum, rescale.f, (float)(s->low - s->zero_point), (float)(s->high - s->zero_point),
+                              s->zero_point);
+}
+
+static inline void convolve(strip_t *s)
+{
+    int32_t channel, tile, row, column;
+    for (channel = 0; channel < s->channels; channel++) {
+        const uint32_t *record = s->weight + channel * (2 + PLANISH_COLUMNS);
+        for (tile = 0; tile < s->rows; tile++) {
+            for (row = 0; row < TILE_HEIGHT; row++) {
+                const int8_t *words = s->x + STEP_BYTES + tile * s->x_pitch + channel * 4;
+                int8_t *y = s->y + (tile * TILE_HEIGHT + row) * s->y_pitch + channel;
+                for (column = 0; column < s->width; column++) {
+                    y[column * s->pixel] = code_of(s, words + column * COLUMN_STEP * PITCH, row, record);
+                }
+            }
+        }
+    }
+}
+
+#endif
+
+void PLANISH_KERNEL(const planish_mve_depthwise_conv2d_layer *l, const int8_t *x, int8_t *y, int8_t *scratch)
+{
+    int32_t channels = l->channels, row_bytes = l->in_width * channels, i;
+#ifndef PLANISH_TILES
+    int32_t tiles = (l->out_width + TILE_WIDTH - 1) / TILE_WIDTH;
+#endif
+#ifdef PLANISH_TILES
+    int32_t columns = l->out_width + 2; /* that vectors read; those outside the image are padding */
+#else
+    int32_t columns = (tiles * TILE_WIDTH - 1) * COLUMN_STEP + 4;
+#endif
+    int32_t inside = columns - l->pad_left < l->in_width ? columns - l->pad_left : l->in_width;
+    int32_t out_row = 0, first, row;
+    int8_t padding[CHANNELS];
+    strip_t s;
+    fill_bytes(padding, l->x_zero_point, CHANNELS);
+    s.x_pitch = columns * PITCH;
+    s.y_pitch = l->out_width * channels;
+    s.pixel = channels;
+    s.width = l->out_width;
+    s.zero_point = l->y_zero_point;
+    s.low = l->low;
+    s.high = l->high;
+    s.y_step = TILE_WIDTH * channels;
+#ifdef PLANISH_TILES
+    s.tiles = l->out_width / 2; /* the first one of an odd width stands before the loop */
+    s.next_x = s.x_pitch - l->out_width * PITCH;
+    s.next_y = s.y_pitch;
+#else
+    s.tiles = tiles;
+    s.next_x = s.x_pitch - tiles * STEP_BYTES * TILE_WIDTH;
+    s.next_y = s.y_pitch - tiles * s.y_step;
+#endif
+    for (i = 0; i < 4; i++) {
+#ifdef PLANISH_TILES
+        s.outputs[i] = (uint32_t)(i / 2 * s.y_pitch + i % 2 * channels);
+#else
+        s.outputs[i] = (uint32_t)(i * channels);
+#endif
+        s.columns[i] = (uint32_t)(i * PITCH);
+    }
+    while (out_row < l->out_height) {
+        int32_t rows = (l->out_height - out_row) / TILE_HEIGHT;
+        if (rows > l->strip) {
+            rows = l->strip;
+        }
+        if (rows == 0) { /* the last row of an odd height: with the one before it once more */
+            out_row -= 1;
+            rows = 1;
+        }
+        for (first = 0; first < channels; first += CHANNELS) {
+            int32_t count = channels - first < CHANNELS ? channels - first : CHANNELS;
+            int8_t *words = scratch;
+            for (row = 0; row < rows; row++) {
+                const int8_t *sources[4];
+                int32_t steps[4];
+                int32_t top = (out_row + row * TILE_HEIGHT) * l->stride_height - l->pad_top;
+                for (i = 0; i < 4; i++) {
+                    int32_t in_row = top + i;
+                    int valid = in_row >= 0 && in_row < l->in_height;
+                    sources[i] = valid ? x + in_row * row_bytes + first : padding;
+                    steps[i] = valid ? channels : 0;
+                }
+                fill_bytes(words, l->x_zero_point, l->pad_left * PITCH);
+                interleave(sources, steps, inside, count, words + l->pad_left * PITCH);
+                fill_bytes(words + (l->pad_left + inside) * PITCH, l->x_zero_point, s.x_pitch - (l->pad_left + inside) * PITCH);
+                words += s.x_pitch;
+            }
+            s.x = scratch - STEP_BYTES;
+            s.y = y + out_row * s.y_pitch + first;
+            s.rows = rows;
+            s.weight = l->weight + first * (2 + PLANISH_COLUMNS);
+            s.channels = count;
+            convolve(&s);
+        }
+        out_row += rows * TILE_HEIGHT;
+    }
+}
