@@ -17,7 +17,7 @@ from ..version import Version
 
 GROUP = 4
 """channels at a time"""
-ROW_BYTES = (32, 56, 104)
+ROW_BYTES = (56, 104)
 """lengths of work rows that the code is compiled for; longer ones are a multiple of 64. Few, so that layers share code"""
 LONGEST = 2048
 """bytes of a work row at most"""

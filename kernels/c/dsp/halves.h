@@ -17,6 +17,8 @@
 #define PLANISH_ROLLED
 #endif
 #define PLANISH_APART __attribute__((noinline))
+/* and one that must be copied, since constants among its arguments make it shorter */
+#define PLANISH_COPIED inline __attribute__((always_inline))
 
 /* four codes; p is a multiple of 4 */
 static inline uint32_t planish_load_word(const int8_t *p)
@@ -59,6 +61,44 @@ static inline uint32_t planish_odd_bytes(uint32_t word)
     return planish_even_bytes(word >> 8 | word << 24);
 }
 
+/* halves of a, each with byte 0 or 2 of the word added, sign extended; modulo 2^16 */
+static inline uint32_t planish_add_even_bytes(uint32_t a, uint32_t word)
+{
+#if defined(__ARM_FEATURE_DSP)
+    return (uint32_t)__sxtab16((int16x2_t)a, (int8x4_t)word);
+#else
+    uint32_t bytes = planish_even_bytes(word);
+    return ((a + bytes) & 0xFFFFu) | ((a & 0xFFFF0000u) + (bytes & 0xFFFF0000u));
+#endif
+}
+
+/* ... with byte 1 or 3 */
+static inline uint32_t planish_add_odd_bytes(uint32_t a, uint32_t word)
+{
+    return planish_add_even_bytes(a, word >> 8 | word << 24);
+}
+
+/* the larger of each two signed bytes */
+static inline uint32_t planish_max_bytes(uint32_t a, uint32_t b)
+{
+#if defined(__ARM_FEATURE_DSP)
+    uint32_t larger;
+    __asm__("ssub8 %0, %1, %2\n" /* sets a flag for every byte of a that is no less than b's */
+            "sel %0, %1, %2"
+            : "=&r"(larger)
+            : "r"(a), "r"(b)
+            : "cc");
+    return larger;
+#else
+    uint32_t larger = 0;
+    int32_t i;
+    for (i = 0; i < 32; i += 8) {
+        larger |= ((int8_t)(a >> i) > (int8_t)(b >> i) ? a : b) & (uint32_t)255 << i;
+    }
+    return larger;
+#endif
+}
+
 /* each byte less that of b, modulo 256 */
 static inline uint32_t planish_subtract_bytes(uint32_t a, uint32_t b)
 {
@@ -76,6 +116,26 @@ static inline int32_t planish_dot(uint32_t a, uint32_t b, int32_t c)
     return __smlad((int16x2_t)a, (int16x2_t)b, c);
 #else
     return c + (int16_t)a * (int16_t)b + (int16_t)(a >> 16) * (int16_t)(b >> 16);
+#endif
+}
+
+/* c + (a * low half of b >> 16), the product in 48 bits */
+static inline int32_t planish_product_low(int32_t a, uint32_t b, int32_t c)
+{
+#if defined(__ARM_FEATURE_DSP)
+    return __smlawb(a, (int32_t)b, c);
+#else
+    return c + (int32_t)((int64_t)a * (int16_t)b >> 16);
+#endif
+}
+
+/* the same with the high half */
+static inline int32_t planish_product_high(int32_t a, uint32_t b, int32_t c)
+{
+#if defined(__ARM_FEATURE_DSP)
+    return __smlawt(a, (int32_t)b, c);
+#else
+    return c + (int32_t)((int64_t)a * ((int32_t)b >> 16) >> 16);
 #endif
 }
 

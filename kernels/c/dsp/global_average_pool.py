@@ -1,0 +1,30 @@
+"""Global average pool, four channels at a time with two SXTAB16."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from ... import global_average_pool
+from ...op import Call, Node
+from ..version import Version
+
+REACH = 2**30
+"""codes before saturation must stay below it"""
+
+
+class GlobalAveragePool(Version):
+    """Every size that the portable version takes."""
+
+    op = "global_average_pool"
+    features = ("dsp", "fpu")
+
+    def call(self, node: Node) -> Call | None:
+        """See Version."""
+        x = node.inputs[0]
+        reach = 256 * math.prod(x.shape[2:]) * float(global_average_pool.factor(node))
+        if max(x.bits, node.output.bits) != 8 or reach >= REACH:
+            return None
+        made = global_average_pool.GlobalAveragePool().call(node)
+        source = "dsp/global_average_pool.c"
+        return replace(made, kernel="dsp_global_average_pool", sources=(source,), headers=("dsp/pools.h",))
