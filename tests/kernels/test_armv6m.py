@@ -1,0 +1,199 @@
+"""Kernels for Cortex-M0+ equal the reference bit for bit, without floating point: on the emulated core and as plain C."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from planish.export.narrow import node_in
+from planish.kernels import integer
+from planish.kernels import op as contract
+from planish.kernels.c import version
+from planish.kernels.c.armv6m import pairs, requantize
+from planish.kernels.op import Node, ops
+from planish.targets import target as targets
+
+TARGET = "rp2040"
+C = Path(contract.__file__).parent / "c"
+NONE = (0, 0, 0, 0)
+FULL = {"low": -128, "high": 127}
+
+
+def kernel(node: Node) -> str:
+    """Which kernel the target's core runs."""
+    return version.choose(ops(), node, targets.load(TARGET).features).kernel
+
+
+# ---- requantization ----
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    compiler = shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        pytest.skip("no C compiler")
+    folder = tmp_path_factory.mktemp("requantize")
+    lines = ['#include "armv6m/requantize.h"']
+    for name, function in (("fast", "planish_code"), ("exact", "planish_exact_code")):
+        head = f"void {name}(const int32_t *sum, int32_t n, uint32_t word, const planish_scale *q, int8_t *y)"
+        lines += [f"{head};", head, f"{{ for (; n > 0; n--) *y++ = (int8_t){function}(*sum++, word, q); }}"]
+    (folder / "many.c").write_text("\n".join(lines) + "\n")
+    sources = [str(folder / "many.c"), str(C / requantize.SOURCE)]
+    command = [compiler, "-std=c99", "-O2", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", f"-I{C}", *sources]
+    subprocess.run([*command, "-o", str(folder / "many.so")], check=True)
+    return ctypes.CDLL(str(folder / "many.so"))
+
+
+def sums(rng: np.random.Generator, rescale: float, largest: int) -> np.ndarray:
+    """int32: random ones, and those on both sides of every rounding boundary."""
+    boundaries = (np.arange(-260, 260)[:, None] + 0.5) / rescale + np.arange(-2, 4)
+    inside = rng.uniform(-300, 300, 5000) / rescale
+    anywhere = rng.integers(-largest, largest + 1, 5000)
+    found = np.concatenate([np.rint(boundaries).ravel(), np.rint(inside), anywhere, [-largest, largest, 0, 1, -1]])
+    return np.clip(found, -largest, largest).astype(np.int32)
+
+
+@pytest.mark.parametrize("zero_point", [-128, -97, 3, 127])
+def test_requantization_is_the_contract(zero_point: int, library: ctypes.CDLL) -> None:
+    rng = np.random.default_rng(zero_point + 128)
+    taken = 0
+    for trial in range(40):
+        low, high = (-128, 127) if trial % 4 else sorted(rng.integers(-128, 128, 2).tolist())
+        rescale = np.exp2(rng.uniform(-15, -3, 5)).astype(np.float32)
+        if trial % 3 == 0:  # powers of two, where mantissas change, and ties are many
+            rescale[:3] = np.float32(2.0**-8), np.nextafter(np.float32(2.0**-7), np.float32(0)), np.float32(2.0**-30)
+        largest = np.array([1 << 25, 1 << 20, 1 << 20, 1 << 23, 1 << 16])
+        scale = requantize.words(rescale, largest, zero_point, low, high)
+        if scale is None:
+            continue
+        taken += 1
+        fields = np.array(list(scale.fields.values()), np.int64).astype(np.uint32)
+        for word, factor, most in zip(scale.words, rescale, largest, strict=True):
+            sum_ = sums(rng, float(factor), int(most))
+            expected = integer.requantize(sum_, factor, zero_point, low, high)
+            for name in ("fast", "exact"):
+                y = np.zeros(len(sum_), np.int8)
+                where = [v.ctypes.data_as(ctypes.c_void_p) for v in (sum_, fields, y)]
+                library[name](where[0], len(sum_), ctypes.c_uint32(int(word)), where[1], where[2])
+                np.testing.assert_array_equal(y, expected, err_msg=f"{name} {factor} {scale.fields}")
+    assert taken > 20
+
+
+def test_few_sums_take_the_exact_way() -> None:
+    """The share of sums whose fraction lies in the window: under 4 percent."""
+    for zero_point in (-128, 5):
+        scale = requantize.words(np.exp2(np.linspace(-11, -7.5, 50)), np.full(50, 1 << 20), zero_point, -128, 127)
+        assert scale is not None
+        assert scale.fields["window"] / 2**32 < 0.04
+
+
+def test_sums_that_float32_would_round_are_refused() -> None:
+    tiny = np.array([2.0**-18], np.float32)
+    assert requantize.words(tiny, np.array([1 << 26]), 0, -128, 127) is None
+    assert requantize.words(tiny, np.array([1 << 10]), 0, -128, 127) is not None  # nothing but the zero point
+
+
+# ---- weights in chunks ----
+
+
+@pytest.mark.parametrize("taps", pairs.TAPS)
+def test_chunks_fit_16_bits_and_add_up(taps: int) -> None:
+    rng = np.random.default_rng(taps)
+    rows = rng.integers(-128, 128, (6, 37)).astype(np.int8)
+    rows[0], rows[1], rows[2] = -128, 127, 0
+    found = pairs.split(rows, taps)
+    assert found is not None
+    total = found.weight.reshape(6, -1, taps).astype(np.int32) - 128
+    assert pairs.fits(total).all()
+    assert found.extra is not None
+    stream = found.extra.tolist()
+    for o in range(6):
+        while (chunk := stream.pop(0)) != 255:
+            part = np.array([stream.pop(0) - 128 for _ in range(taps)])
+            assert pairs.fits(part)
+            total[o, chunk] += part
+    assert not stream
+    np.testing.assert_array_equal(total.reshape(6, -1)[:, :37], rows)
+    for x in (-128, 127):  # the most that a sum can be
+        sums_ = np.abs(total.clip(-128, 127)).sum(axis=-1) * abs(x)
+        assert sums_.shape == total.shape[:2]
+
+
+# ---- kernels ----
+
+CONVOLUTIONS: list[dict[str, Any]] = [
+    {"c": 16, "o": 8, "size": (6, 6)},
+    {"c": 3, "o": 8, "size": (7, 9)},
+    {"c": 3, "o": 5, "size": (8, 8), "stride": 2, "pads": (0, 0, 1, 1)},
+    {"c": 1, "o": 6, "size": (20, 10), "kernel": (10, 4), "stride": 2, "pads": (4, 1, 5, 1)},
+    {"c": 8, "o": 5, "size": (7, 6), "dilation": 2, "pads": (2, 2, 2, 2), "with_bias": "none"},
+    {"c": 8, "o": 3, "size": (5, 5), "kernel": (5, 5), "pads": (2, 2, 2, 2)},
+    {"c": 1, "o": 1, "size": (5, 6), "pads": NONE, "per_channel": False},
+    {"c": 4, "o": 9, "size": (6, 1), "kernel": (3, 1), "pads": (1, 0, 1, 0)},
+    {"c": 8, "o": 4, "size": (4, 4), "pads": (3, 3, 3, 3)},
+    {"c": 33, "o": 4, "size": (5, 4), "kernel": (2, 3), "pads": (0, 1, 0, 1)},
+    *(
+        {"c": c, "o": o, "size": size, "kernel": (1, 1), "pads": NONE, "stride": stride}
+        for c, o, size, stride in (
+            (8, 16, (6, 6), 1), (16, 8, (5, 5), 1), (64, 8, (5, 3), 1), (128, 3, (3, 3), 1), (1, 4, (3, 5), 1),
+            (3, 4, (4, 4), 1), (12, 8, (7, 3), 2), (40, 10, (1, 1), 1), (17, 1, (4, 5), 1), (8, 4, (7, 7), 3),
+        )
+    ),
+    {"c": 8, "o": 4, "size": (6, 5), "kernel": (1, 1), "pads": (1, 0, 0, 1)},
+]  # fmt: skip
+
+
+def extreme(node: Node, bits: int, index: int) -> Node:
+    """The node in `bits` with the extreme weights among its own; its range is, in turn, its own, whole, and from the zero point."""
+    if bits < 8:
+        node = node_in(node, bits)
+    weight = node.constants["weight"].copy()
+    weight.reshape(-1)[:2] = -(1 << bits - 1), (1 << bits - 1) - 1
+    if index % 5 == 0:
+        weight[0] = -(1 << bits - 1)
+    node = replace(node, constants={**node.constants, "weight": weight})
+    if index % 3 == 1:
+        node = replace(node, attributes={**node.attributes, **FULL})
+    if index % 3 == 2:
+        node = replace(node, attributes={**node.attributes, **FULL}, output=replace(node.output, zero_point=-128))
+    return node
+
+
+def convolutions(bench: Any, bits: int) -> list[Node]:
+    rng = np.random.default_rng(7)
+    found: list[Node] = []
+    for i, shape in enumerate(CONVOLUTIONS):
+        bounds = {"low": 0.0, "high": 6.0} if i % 3 == 0 else {}
+        found.append(extreme(bench.node_of("conv2d", bench.convolution(rng, **shape, **bounds)), bits, i + bits))
+    return found
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2])
+def test_conv2d(bits: int, bench: Any, tmp_path: Path) -> None:
+    found = convolutions(bench, bits)
+    assert {kernel(n) for n in found} == {"armv6m_conv2d"}
+    bench.equal_reference(found, TARGET, tmp_path)
+
+
+def test_other_convolutions_run_portable(bench: Any) -> None:
+    rng = np.random.default_rng(1)
+    grouped = bench.node_of("conv2d", bench.convolution(rng, 8, 8, (5, 5), group=2))
+    with_zero_point = bench.node_of("conv2d", bench.convolution(rng, 8, 8, (5, 5), unsigned=True, per_channel=False))
+    assert {kernel(grouped), kernel(with_zero_point)} == {"conv2d"}
+
+
+def test_output_of_conv2d_lies_over_the_input(bench: Any, tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    node = bench.node_of("conv2d", bench.convolution(rng, 8, 8, (12, 12)))
+    inputs = bench.random_inputs(rng, node, 1)
+    call = version.choose(ops(), node, targets.load(TARGET).features)
+    made = bench.on_device(node, [inputs], TARGET, tmp_path)
+    np.testing.assert_array_equal(made.codes[0], ops()[node.op].reference(node, *inputs))
+    assert call.overlap is not None
+    assert made.arena_bytes <= 12 * 12 * 8 + call.overlap + call.scratch + 8
