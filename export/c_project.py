@@ -206,8 +206,7 @@ class Project:
 def build(graph: Graph, title: str, features: Iterable[str] = ()) -> Project:
     """The project for a deployment graph on a core with `features`. Identifiers come from the model's names."""
     name = identifier(title, set())
-    silent = memory.idle(graph)
-    calls = {n.name: version.choose(graph.ops, n, features) for n in graph.nodes if n.name not in silent}
+    calls = calls_of(graph, features)
     instances = _instances([(n, calls[n.name]) for n in graph.nodes if n.name in calls])
     plan = memory.of(graph, calls)
     taken: set[str] = set()
@@ -237,6 +236,25 @@ def build(graph: Graph, title: str, features: Iterable[str] = ()) -> Project:
     inputs, outputs = (_borders(ports, plan) for ports in (graph.inputs, graph.outputs))
     used_instances = tuple(instances.values())
     return Project(name, title, graph, plan, tuple(layers), used_instances, tuple(buffers), scratch, inputs, outputs)
+
+
+Known = dict[object, tuple[Node, Call]]
+"""C calls that were made before; the node keeps the constants alive by whose identity it is found"""
+
+
+def calls_of(graph: Graph, features: Iterable[str], known: Known | None = None) -> dict[str, Call]:
+    """The C call of every node that runs code, by name. Nodes that differ in their names alone share one, also through `known`."""
+    cache: Known = {} if known is None else known
+    silent = memory.idle(graph)
+    found: dict[str, Call] = {}
+    for node in graph.nodes:
+        if node.name not in silent:
+            tensors = [(t.shape, float(t.scale), t.zero_point, t.bits) for t in (*node.inputs, node.output)]
+            key = node.op, repr(tensors), repr(dict(node.attributes)), *((k, id(v)) for k, v in node.constants.items())
+            if key not in cache:
+                cache[key] = node, version.choose(graph.ops, node, features)
+            found[node.name] = cache[key][1]
+    return found
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ..kernels import paste
 from ..kernels.layout import ALIGNMENT
 from ..kernels.op import Call, Node
 from . import planner
 from .graph import Graph
+
+SLOT = "slot"
+"""attribute of a node: outputs of the same slot are placed together (see planner.Buffer.slot)"""
 
 
 @dataclass(frozen=True)
@@ -130,12 +133,20 @@ def demand(
 ) -> tuple[list[planner.Buffer], list[planner.Buffer], list[planner.Sharing]]:
     """Buffers of tensors, work memory of kernels, and which of them may overlap."""
     roots = _roots(graph, calls, places)
+    slots = {n.output.name: n.attributes[SLOT] for n in graph.nodes if SLOT in n.attributes}
+    tensors = [replace(b, slot=slots.get(b.name)) for b in _buffers(roots)]
     work = [
-        planner.Buffer(_scratch(n.name), calls[n.name].scratch, step, step)
+        planner.Buffer(
+            _scratch(n.name),
+            calls[n.name].scratch,
+            step,
+            step,
+            _scratch(slots[n.output.name]) if n.output.name in slots else None,
+        )
         for step, n in enumerate(graph.nodes)
         if n.name in calls and calls[n.name].scratch
     ]
-    return _buffers(roots), work, _sharings(graph, calls, places, roots)
+    return tensors, work, _sharings(graph, calls, places, roots)
 
 
 def _buffers(roots: Mapping[str, _Root]) -> list[planner.Buffer]:

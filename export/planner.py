@@ -19,8 +19,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
 
 from ..common.errors import PlanishError
 
@@ -41,6 +40,8 @@ class Buffer:
     """bytes"""
     first: int
     last: int
+    slot: str | None = None
+    """buffers of one slot lie at the same offset, as far as none of them meets another: the same step of many patches"""
 
     def meets(self, other: Buffer) -> bool:
         """Whether both are alive at some step."""
@@ -118,6 +119,7 @@ def least(buffers: Sequence[Buffer], sharings: Sequence[Sharing] = (), alignment
 def plan(buffers: Iterable[Buffer], alignment: int = 4, sharings: Iterable[Sharing] = ()) -> Plan:
     """A plan whose offsets are multiples of `alignment`. Same buffers, same plan."""
     given, shared = tuple(buffers), tuple(sharings)
+    lowest = least(given, shared, alignment)
     for buffer in given:
         if buffer.size < 0 or buffer.first > buffer.last:
             raise PlanishError(
@@ -125,14 +127,36 @@ def plan(buffers: Iterable[Buffer], alignment: int = 4, sharings: Iterable[Shari
             )
     if len({b.name for b in given}) < len(given):
         raise PlanishError("two buffers have the same name")
-    problem = _Problem(given, shared, alignment)
+    slots = _slots(given)
+    problem = _problem(slots, shared, alignment, lowest)
     found = _exchange(problem)
-    proven = problem.least
-    if found.arena > proven:
+    if found.arena > lowest:
         found, complete = _exhaust(problem, found)
-        proven = found.arena if complete else proven
-    placed = tuple(Placed(b, o) for b, o in zip(given, found.offsets, strict=True))
-    return Plan(placed, found.arena, least(given), alignment, shared, proven)
+        if complete and len(slots) == len(given):
+            lowest = found.arena
+    offsets = {b.name: o for slot, o in zip(slots, found.offsets, strict=True) for b in slot}
+    arena = found.arena
+    if arena > lowest and len(slots) < len(given):
+        # every buffer by itself, in the order of the slots: what one patch need not leave free for another
+        alone = _problem([[b] for b in given], shared, alignment, lowest)
+        free = _exchange(alone, sorted(range(len(given)), key=lambda i: (offsets[given[i].name], i)))
+        if free.arena < arena:
+            arena, offsets = free.arena, {b.name: o for b, o in zip(given, free.offsets, strict=True)}
+    placed = tuple(Placed(b, offsets[b.name]) for b in given)
+    return Plan(placed, arena, least(given), alignment, shared, lowest)
+
+
+def _slots(buffers: Sequence[Buffer]) -> list[list[Buffer]]:
+    """Buffers that are placed together."""
+    slots: dict[str, list[Buffer]] = {}
+    single: list[list[Buffer]] = []
+    for buffer in buffers:
+        members = [] if buffer.slot is None else slots.setdefault(buffer.slot, [])
+        if buffer.slot is None or any(buffer.meets(m) for m in members):
+            single.append([buffer])
+        else:
+            members.append(buffer)
+    return [*single, *slots.values()]
 
 
 def check(plan: Plan) -> None:
@@ -201,57 +225,43 @@ class _Found:
 
 
 @dataclass(frozen=True)
+class _Item:
+    """What is placed as one: a buffer, or a slot."""
+
+    bytes: int
+    """of the largest member"""
+    size: int
+    """the same, aligned"""
+    lives: tuple[tuple[int, int], ...]
+
+    @property
+    def first(self) -> int:
+        return self.lives[0][0]
+
+    @property
+    def span(self) -> int:
+        """Steps from the beginning to the end."""
+        return self.lives[-1][1] - self.lives[0][0] + 1
+
+
+@dataclass(frozen=True)
 class _Problem:
-    """Buffers by index, and for each the others that it meets."""
+    """Items by index, and for each the others that it meets."""
 
-    buffers: tuple[Buffer, ...]
-    sharings: tuple[Sharing, ...]
+    items: tuple[_Item, ...]
+    neighbours: tuple[tuple[tuple[int, int, int, bool], ...], ...]
+    """for item i: (j, gap(i, j), gap(j, i), whether both may begin at one place) for every j that it meets"""
     alignment: int
-    sizes: tuple[int, ...] = field(init=False)
-    """aligned"""
-    neighbours: tuple[tuple[tuple[int, int, int, bool], ...], ...] = field(init=False)
-    """for buffer i: (j, gap(i, j), gap(j, i), whether both may begin at one place) for every j that it meets"""
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "sizes", tuple(_aligned(b.size, self.alignment) for b in self.buffers))
-        shared = {(s.output, s.input): s for s in self.sharings}
-        object.__setattr__(
-            self,
-            "neighbours",
-            tuple(
-                tuple(
-                    (j, self._gap(i, j, shared), self._gap(j, i, shared), self._same(i, j, shared))
-                    for j, other in enumerate(self.buffers)
-                    if i != j and other.meets(buffer)
-                )
-                for i, buffer in enumerate(self.buffers)
-            ),
-        )
-
-    def _gap(self, lower: int, upper: int, shared: dict[tuple[str, str], Sharing]) -> int:
-        """How far after `lower` begins `upper` may begin."""
-        sharing = shared.get((self.buffers[lower].name, self.buffers[upper].name))
-        whole = self.sizes[lower]
-        if sharing is None or sharing.distance is None:
-            return whole
-        return min(whole, _aligned(sharing.distance, self.alignment))
-
-    def _same(self, i: int, j: int, shared: dict[tuple[str, str], Sharing]) -> bool:
-        one, other = self.buffers[i].name, self.buffers[j].name
-        return any(p in shared and shared[p].same for p in ((one, other), (other, one)))
-
-    @cached_property
-    def least(self) -> int:
-        """See the function of this name."""
-        return least(self.buffers, self.sharings, self.alignment)
+    least: int
+    """no plan is smaller"""
 
     def arena(self, offsets: Sequence[int]) -> int:
-        """Bytes up to the end of the last buffer."""
-        return max((o + b.size for o, b in zip(offsets, self.buffers, strict=True)), default=0)
+        """Bytes up to the end of the last item."""
+        return max((o + i.bytes for o, i in zip(offsets, self.items, strict=True)), default=0)
 
     def place(self, order: Sequence[int], given: dict[int, int] | None = None) -> list[int]:
         """Each buffer in turn at the lowest offset that the `given` ones and those before it leave free."""
-        offsets = [-1] * len(self.buffers)
+        offsets = [-1] * len(self.items)
         for i, offset in (given or {}).items():
             offsets[i] = offset
         for i in order:
@@ -268,6 +278,12 @@ class _Problem:
             offsets[i] = start
         return offsets
 
+    def saving(self, i: int, j: int, up: int, down: int, same: bool) -> int:
+        """Bytes that items i and j can have in common; up: gap(i, j), down: gap(j, i)."""
+        one, other = self.items[i].size, self.items[j].size
+        together = min(max(up + other, one), max(down + one, other), max(one, other) if same else one + other)
+        return one + other - together
+
     def _fits(self, i: int, start: int, partner: int, offsets: Sequence[int]) -> bool:
         return all(
             j == partner or offsets[j] < 0 or start <= offsets[j] - low or start >= offsets[j] + high
@@ -275,19 +291,60 @@ class _Problem:
         )
 
 
-def _exchange(problem: _Problem) -> _Found:
-    """The best of several orders, improved by moving one buffer at a time: more often one that ends at the arena's end."""
-    given = problem.buffers
+def _problem(slots: Sequence[Sequence[Buffer]], sharings: Sequence[Sharing], alignment: int, lowest: int) -> _Problem:
+    shared = {(s.output, s.input): s for s in sharings}
+    items = tuple(
+        _Item(
+            max(b.size for b in slot),
+            _aligned(max(b.size for b in slot), alignment),
+            tuple(sorted((b.first, b.last) for b in slot)),
+        )
+        for slot in slots
+    )
+    neighbours: list[list[tuple[int, int, int, bool]]] = [[] for _ in slots]
+    for i, one in enumerate(slots):
+        for j, other in enumerate(slots[:i]):
+            met = [(a, b) for a in one for b in other if a.meets(b)]
+            if not met:
+                continue
+            down = max(_gap(a, b, shared, alignment) for a, b in met)
+            up = max(_gap(b, a, shared, alignment) for a, b in met)
+            same = all(_same(a, b, shared) for a, b in met)
+            neighbours[i].append((j, down, up, same))
+            neighbours[j].append((i, up, down, same))
+    return _Problem(items, tuple(tuple(n) for n in neighbours), alignment, lowest)
+
+
+def _gap(lower: Buffer, upper: Buffer, shared: dict[tuple[str, str], Sharing], alignment: int) -> int:
+    """How far after `lower` begins `upper` may begin."""
+    sharing = shared.get((lower.name, upper.name))
+    whole = _aligned(lower.size, alignment)
+    if sharing is None or sharing.distance is None:
+        return whole
+    return min(whole, _aligned(sharing.distance, alignment))
+
+
+def _same(one: Buffer, other: Buffer, shared: dict[tuple[str, str], Sharing]) -> bool:
+    return any(p in shared and shared[p].same for p in ((one.name, other.name), (other.name, one.name)))
+
+
+def _exchange(problem: _Problem, start: Sequence[int] | None = None) -> _Found:
+    """The best of several orders, improved by moving one item at a time: more often one that ends at the arena's end.
+
+    `start`: an order to begin with, too.
+    """
+    given = problem.items
     indices = list(range(len(given)))
     keys = (
         lambda i: (-given[i].size, given[i].first),
         lambda i: (-given[i].size, -given[i].first),
-        lambda i: (-given[i].size * (given[i].last - given[i].first + 1), given[i].first),
-        lambda i: (given[i].first - given[i].last, -given[i].size),
+        lambda i: (-given[i].size * given[i].span, given[i].first),
+        lambda i: (-given[i].span, -given[i].size),
         lambda i: (given[i].first, -given[i].size),
-        lambda i: (-given[i].last, -given[i].size),
+        lambda i: (-given[i].lives[-1][1], -given[i].size),
     )
-    tried = [(problem.place(order), order) for order in (sorted(indices, key=key) for key in keys)]
+    orders = [*([] if start is None else [list(start)]), *(sorted(indices, key=key) for key in keys)]
+    tried = [(problem.place(order), order) for order in orders]
     offsets, order = min(tried, key=lambda t: problem.arena(t[0]))
     best = problem.arena(offsets)
     generator = random.Random(SEED)
@@ -295,7 +352,7 @@ def _exchange(problem: _Problem) -> _Found:
         if best <= problem.least:
             break
         trial = list(order)
-        tops = [i for i in order if offsets[i] + given[i].size == best]
+        tops = [i for i in order if offsets[i] + given[i].bytes == best]
         near = [j for i in tops for j, *_ in problem.neighbours[i]] + tops
         moved = generator.choice(near) if generator.random() < 0.7 else generator.choice(trial)
         trial.remove(moved)
@@ -309,7 +366,7 @@ def _exchange(problem: _Problem) -> _Found:
 
 def _exhaust(problem: _Problem, found: _Found) -> tuple[_Found, bool]:
     """The best plan of an exhaustive search, and whether the search ended within its effort."""
-    visits = EXHAUSTIVE // max(1, len(problem.buffers))
+    visits = EXHAUSTIVE // max(1, len(problem.items))
     while found.arena > problem.least:
         search = _Search(problem, found.arena, visits)
         complete = search.visit({}, dict.fromkeys(search.hard, 0), 0, 0)
@@ -334,6 +391,12 @@ class _Search:
         self.hard, self.easy = self._split()
         self.cliques = _cliques(problem, self.hard)
         self.groups = _rigid(problem, set(self.hard))
+        self.savings = {
+            (i, j): problem.saving(i, j, up, down, same)
+            for i in self.hard
+            for j, up, down, same in problem.neighbours[i]
+            if j < i and problem.saving(i, j, up, down, same)
+        }
         self.seen: set[tuple[tuple[tuple[int, int], ...], int, int]] = set()
 
     def visit(self, offsets: dict[int, int], earliest: dict[int, int], last: int, end: int) -> bool:
@@ -354,13 +417,13 @@ class _Search:
         if self.visits < 0:
             return False
         choices = [(max(earliest[i] for i in g), g) for g in self.groups if all(i in earliest for i in g)]
-        for start, group in sorted(choices, key=lambda c: (c[0], -problem.sizes[c[1][0]], c[1])):
+        for start, group in sorted(choices, key=lambda c: (c[0], -problem.items[c[1][0]].size, c[1])):
             after = {i: e for i, e in earliest.items() if i not in group}
             for i in group:
                 for j, gap, _, _ in problem.neighbours[i]:
                     if j in after:
                         after[j] = max(after[j], start + gap)
-            ends = max(end, *(start + problem.buffers[i].size for i in group))
+            ends = max(end, *(start + problem.items[i].bytes for i in group))
             if start < last or ends >= self.limit:
                 continue
             if not self.visit(offsets | dict.fromkeys(group, start), after, start, ends):
@@ -377,10 +440,19 @@ class _Search:
             if not rest:
                 continue
             start = max(last, min(earliest[i] for i in rest))
-            need = _need([problem.buffers[i] for i in rest], problem.sharings, problem.alignment)
-            if start + need >= self.limit or any(earliest[i] + problem.buffers[i].size >= self.limit for i in rest):
+            if start + self._need(rest) >= self.limit:
+                return True
+            if any(earliest[i] + problem.items[i].bytes >= self.limit for i in rest):
                 return True
         return False
+
+    def _need(self, rest: Sequence[int]) -> int:
+        """Bytes that items which all meet need at least."""
+        items = [self.problem.items[i] for i in rest]
+        slack = max(i.size - i.bytes for i in items)
+        inside = set(rest)
+        shared = sum(saved for (i, j), saved in self.savings.items() if i in inside and j in inside)
+        return max(sum(i.size for i in items) - shared - slack, *(i.bytes for i in items))
 
     def _split(self) -> tuple[list[int], list[int]]:
         """Buffers that matter, and those that always find a place, in the order in which they were left out.
@@ -388,12 +460,12 @@ class _Search:
         The others take at most low + high bytes of places each, open intervals; what is not more than all the places stays free.
         """
         problem = self.problem
-        left = set(range(len(problem.buffers)))
+        left = set(range(len(problem.items)))
         easy: list[int] = []
         while True:
             for i in sorted(left):
                 taken = sum(low + high for j, low, high, _ in problem.neighbours[i] if j in left)
-                if taken <= self.limit - problem.alignment - problem.sizes[i]:
+                if taken <= self.limit - problem.alignment - problem.items[i].size:
                     easy.append(i)
                     left.discard(i)
                     break
@@ -402,16 +474,15 @@ class _Search:
 
 
 def _cliques(problem: _Problem, chosen: Sequence[int]) -> list[list[int]]:
-    """The chosen buffers that live at each step, largest sets only."""
-    sets = [
-        [i for i in chosen if problem.buffers[i].first <= step <= problem.buffers[i].last]
-        for step in sorted({problem.buffers[i].first for i in chosen})
-    ]
-    return [s for s in sets if not any(set(s) < set(o) for o in sets)]
+    """The chosen items that live at each step, largest sets only."""
+    lives = [(i, life) for i in chosen for life in problem.items[i].lives]
+    found = {tuple(i for i, (begin, end) in lives if begin <= step <= end) for step in {life[0] for _, life in lives}}
+    sets = [set(f) for f in found]
+    return [sorted(s) for s in sorted(sets, key=sorted) if not any(s < other for other in sets)]
 
 
 def _rigid(problem: _Problem, chosen: set[int]) -> list[tuple[int, ...]]:
-    """Single buffers, and sets that may all begin at one place: those are placed together."""
+    """Single items, and sets that may all begin at one place: those are placed together."""
     groups: list[tuple[int, ...]] = [(i,) for i in sorted(chosen)]
     waiting = list(groups)
     meets = {(i, j): same for i in chosen for j, _, _, same in problem.neighbours[i]}

@@ -106,6 +106,7 @@ def copy_block(rows: int, width: int, source: tuple[int, int], target: tuple[int
             "y_stride": y_stride,
         },
         arrays={},
+        overlap=0 if y_offset == 0 and y_stride == width else None,
         first_read=x_offset,
         written=y_offset + (rows - 1) * y_stride + width,
     )
