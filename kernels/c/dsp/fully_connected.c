@@ -1,19 +1,18 @@
 /* Fully connected layer on one row, four outputs at a time (dsp/product.h).
  *
- * A template: WEIGHT_BITS is 8, 4 or 2; PADDED where the number of inputs is no multiple of 8; STAGED where the codes go to scratch
- * first, for outputs that are clamped, packed (Y_BITS) or no multiple of 4.
+ * A template: WEIGHT_BITS is 8, 4 or 2, FAR says that the weights are packed so; COPIED where the inputs go to scratch first, because
+ * they are packed (X_BITS) or no multiple of 8; STAGED where the codes do, for outputs that are clamped, packed (Y_BITS) or no
+ * multiple of 4.
  */
 #include "dsp/fully_connected.h"
 #include "dsp/emit.h"
 #include "dsp/halves.h"
 #include "dsp/product.h"
 
-#if WEIGHT_BITS == 8
-#define PRODUCT planish_row_product_8
-#elif WEIGHT_BITS == 4
-#define PRODUCT planish_row_product_4
+#if FAR
+#define PRODUCT planish_row_product_8_far
 #else
-#define PRODUCT planish_row_product_2
+#define PRODUCT PLANISH_NAME(planish_row_product_, WEIGHT_BITS)
 #endif
 
 #if WEIGHT_BITS < 8
@@ -31,7 +30,7 @@ static int32_t sum_of(const int8_t *x, int32_t words)
 #endif
 
 void PLANISH_KERNEL(const planish_dsp_fully_connected_layer *l, const int8_t *x, int8_t *y
-#if PADDED || STAGED
+#if COPIED || STAGED
                     , int8_t *scratch
 #endif
 )
@@ -42,12 +41,17 @@ void PLANISH_KERNEL(const planish_dsp_fully_connected_layer *l, const int8_t *x,
     product.units = l->units;
     product.groups = l->groups;
     product.zero_points = (uint32_t)(l->y_zero_point + 128) * 0x00010001u;
-#if PADDED
+#if COPIED
     {
         int8_t *row = scratch; /* (4 * units) */
         int32_t i;
         for (i = 0; i < l->in_features; i++) {
+#if X_BITS == 8
             row[i] = x[i];
+#else
+            enum { EACH = 8 / X_BITS, ABOVE = 32 - X_BITS };
+            row[i] = (int8_t)((int32_t)((uint32_t)x[i / EACH] << (ABOVE - i % EACH * X_BITS)) >> ABOVE);
+#endif
         }
         for (; i < 4 * l->units; i++) {
             row[i] = 0;

@@ -13,21 +13,74 @@ UNIT = 4
 """depths that are multiplied together"""
 GROUP = 4
 """outputs that are computed together"""
-POWERS = {8: (256, 1, 256, 1), 4: (4096, 256, 16, 1), 2: (64, 16, 4, 1)}
-"""by width: what the four outputs' weights are multiplied by in a packed number"""
+POWERS = {"8": (256, 1, 256, 1), "8_far": (1, 1, 1, 1), "4": (4096, 256, 16, 1), "2": (64, 16, 4, 1)}
+"""by form: what the sums of the four outputs are multiplied by until they meet their factors"""
 CODE_LIMIT = 32000
-"""bound on codes before saturation: with a zero point added they must fit 16 bits"""
+"""bound on codes before saturation, except in the far form: with a zero point added they must fit 16 bits"""
+ORDERS = {8: (0, 1, 2, 3), 4: (0, 1, 4, 5, 2, 3, 6, 7), 2: (0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15)}
+"""by bits of the activations: the order in which the codes of a word stand in units, each two pairs (d0, d2), (d1, d3)"""
 
 
 @dataclass(frozen=True)
 class Streams:
-    """Packed weights, start values and factors of `groups * 4` outputs over `units * 4` depths."""
+    """Packed weights, start values and factors."""
 
     words: Array
-    """uint32 (groups, 8 + units * bits / 2)"""
-    bits: int
+    """uint32 (groups, 8 + units * words of a unit)"""
+    form: str
     units: int
     groups: int
+
+    @property
+    def bits(self) -> int:
+        """Of the weights."""
+        return int(self.form[0])
+
+    @property
+    def far(self) -> bool:
+        """Whether the sums may be of any size."""
+        return self.form == "8_far"
+
+
+def pack(node: Node, rows: Array, parts: int = 1, added: int = 0, even: bool = False) -> Streams:
+    """Streams of the weights of a node, int8 `rows` (out, depth) in the order in which their depths are gathered.
+
+    `parts`: groups of a convolution, each of which fills whole groups of four outputs; `added`: to all codes when they are
+    expanded; `even`: an even number of units, as the products with one column take.
+    """
+    outputs, depth = rows.shape
+    each = outputs // parts
+    units, groups = -(-depth // UNIT), -(-each // GROUP)
+    units += units % 2 if even else 0
+
+    def spread(values: Array) -> Array:
+        """(out, ...) to (parts * groups * 4, ...), filled up with zeros."""
+        shaped = values.reshape(parts, each, *values.shape[1:])
+        widths = [(0, 0), (0, groups * GROUP - each)] + [(0, 0)] * (values.ndim - 1)
+        return np.pad(shaped, widths).reshape(-1, *values.shape[1:])
+
+    bias, factor, varies = _outputs(node, rows)
+    w = np.pad(rows.astype(np.int64) * varies[:, None], ((0, 0), (0, units * UNIT - depth)))
+    bias = bias - added * w.sum(axis=1)
+    w, bias, factor = spread(w), spread(bias), spread(factor)
+    lanes = w.reshape(parts * groups, GROUP, -1, UNIT).transpose(0, 2, 3, 1)  # (groups, units, depth, output)
+    form = _form(w, bias, factor)
+    packed = {"8": _eight, "8_far": _far, "4": _four, "2": _two}[form](lanes)
+    power = np.array(POWERS[form])
+    start = bias.reshape(-1, GROUP) * power
+    if form == "8":
+        start[:, 0::2] += start[:, 1::2]
+    elif form != "8_far":
+        start = np.cumsum(start[:, ::-1], axis=1)[:, ::-1]
+    scaled = (factor.reshape(-1, GROUP) / power.astype(np.float32)).astype(np.float32)
+    words = [(start & 0xFFFFFFFF).astype(np.uint32), packed.reshape(len(packed), -1), scaled.view(np.uint32)]
+    return Streams(np.concatenate(words, axis=1), form, units, groups)
+
+
+def order(bits: int, count: int) -> Array:
+    """Positions of `count` codes, whole words of activations of `bits`, in the order in which they are gathered."""
+    one = np.array(ORDERS[bits])
+    return (np.arange(0, count, len(one))[:, None] + one).reshape(-1)
 
 
 def width(rows: Array) -> int:
@@ -36,59 +89,36 @@ def width(rows: Array) -> int:
     return next(b for b in (2, 4, 8) if low >= -(1 << b - 1) and high < 1 << b - 1)
 
 
-def pack(node: Node, rows: Array, even: bool = False) -> Streams | None:
-    """Streams of the weights of a node, int8 `rows` (out, depth) in the order in which their depths are gathered.
+def _outputs(node: Node, rows: Array) -> tuple[Array, Array, Array]:
+    """Bias (out,), factors (out,) and whether an output depends on its input at all.
 
-    `even`: an even number of units, as the products with one column take. None where a sum could leave the range in which the
-    packed form is exact.
+    Pruned and dead channels do not: they have a bias far beyond the range of codes, at a tiny scale. Bias and factor then give the
+    one code that they have, and their weights may be 0.
     """
-    outputs, depth = rows.shape
-    bits = width(rows)
-    units, groups = -(-depth // UNIT), -(-outputs // GROUP)
-    units += units % 2 if even else 0
-    w = np.zeros((groups * GROUP, units * UNIT), np.int64)
-    b, factor = np.zeros(groups * GROUP, np.int64), np.zeros(groups * GROUP, np.float32)
-    w[:outputs, :depth], b[:outputs], factor[:outputs] = _without_constants(node, rows)
-    power = np.tile(np.array(POWERS[bits], np.int64), groups)  # (groups * 4,)
-    scaled = factor / power.astype(np.float32)
-    reach = np.abs(b) + 128 * np.abs(w).sum(axis=1)
-    exact = (scaled == 0) | (scaled >= np.finfo(np.float32).tiny)
-    if (reach * power >= 2**31).any() or (reach * factor >= CODE_LIMIT).any() or not exact.all():
-        return None
-    lanes = w.reshape(groups, GROUP, units, UNIT).transpose(0, 2, 3, 1)  # (groups, units, depth, output)
-    packed = {8: _eight, 4: _four, 2: _two}[bits](lanes)
-    if packed is None:
-        return None
-    start = b.reshape(groups, GROUP) * np.array(POWERS[bits])
-    if bits == 8:
-        start[:, 0::2] += start[:, 1::2]
-    else:
-        start = np.cumsum(start[:, ::-1], axis=1)[:, ::-1]
-    words = np.concatenate(
-        [
-            (start & 0xFFFFFFFF).astype(np.uint32),
-            packed.reshape(groups, -1),
-            scaled.reshape(groups, GROUP).astype(np.float32).view(np.uint32),
-        ],
-        axis=1,
-    )
-    return Streams(words, bits, units, groups)
-
-
-def _without_constants(node: Node, rows: Array) -> tuple[Array, Array, Array]:
-    """Weights (out, depth), bias (out,) and factors (out,), made small where an output has the same code for every input.
-
-    Pruned and dead channels are such: a bias far beyond the range of codes, at a tiny scale.
-    """
-    w, b = rows.astype(np.int64), weights.folded_bias(node).astype(np.int64)
+    w, bias = rows.astype(np.int64), weights.folded_bias(node).astype(np.int64)
     factor = node.constants["rescale"].copy()
     zero, low, high = node.output.zero_point, node.attributes["low"], node.attributes["high"]
-    least = b + np.minimum(-128 * w, 127 * w).sum(axis=1)
-    most = b + np.maximum(-128 * w, 127 * w).sum(axis=1)
-    first, last = (integer.requantize(a, factor, zero, low, high).astype(np.int64) for a in (least, most))
-    same = first == last
-    w[same], b[same], factor[same] = 0, first[same] - zero, 1
-    return w, b, factor
+    ends = [bias + pick(-128 * w, 127 * w).sum(axis=1) for pick in (np.minimum, np.maximum)]
+    first, last = (integer.requantize(a, factor, zero, low, high).astype(np.int64) for a in ends)
+    varies = first != last
+    return np.where(varies, bias, first - zero), np.where(varies, factor, 1).astype(np.float32), varies
+
+
+def _form(w: Array, bias: Array, factor: Array) -> str:
+    """The narrowest form that is exact for weights (out, depth), bias (out,) and factors (out,)."""
+    reach = np.abs(bias) + 128 * np.abs(w).sum(axis=1)
+    form = str(width(w))
+    power = np.tile(np.array(POWERS[form]), len(w) // GROUP)
+    small = factor < np.finfo(np.float32).tiny * power
+    fits = form != "8" or (256 * w[0::2] + w[1::2] >= -(2**15)).all()
+    if (
+        not fits
+        or (reach * power >= 2**31).any()
+        or (reach * factor >= CODE_LIMIT).any()
+        or (small & (factor > 0)).any()
+    ):
+        return "8_far"
+    return form
 
 
 def _words(halves: Array) -> Array:
@@ -97,18 +127,22 @@ def _words(halves: Array) -> Array:
     return (h[..., :2, :] | h[..., 2:, :] << 16).astype(np.uint32)
 
 
-def _eight(lanes: Array) -> Array | None:
-    """(groups, units, 2, 2) words of weights (groups, units, 4, 4); None where a pair does not fit 16 bits."""
-    halves = 256 * lanes[..., 0::2] + lanes[..., 1::2]  # (groups, units, depth, 2)
-    return None if (halves < -(2**15)).any() else _words(halves)
+def _eight(lanes: Array) -> Array:
+    """(groups, units, 2, 2) words of weights (groups, units, 4, 4)."""
+    return _words(256 * lanes[..., 0::2] + lanes[..., 1::2])
+
+
+def _far(lanes: Array) -> Array:
+    """(groups, units, 2, 2) words of weights (groups, units, 4, 4)."""
+    return _words(256 * lanes[..., 0::2] + (lanes[..., 1::2] & 255))
 
 
 def _four(lanes: Array) -> Array:
-    """(groups, units, 2) words of weights (groups, units, 4, 4)."""
-    return _words((lanes * POWERS[4]).sum(axis=-1, keepdims=True) + 8 * (256 + 16 + 1))
+    """(groups, units, 2, 1) words of weights (groups, units, 4, 4)."""
+    return _words((lanes * POWERS["4"]).sum(axis=-1, keepdims=True) + 8 * (256 + 16 + 1))
 
 
 def _two(lanes: Array) -> Array:
     """(groups, units) words of weights (groups, units, 4, 4)."""
-    numbers = ((lanes * POWERS[2]).sum(axis=-1) + 2 * (16 + 4 + 1)) & 255  # (groups, units, depth)
+    numbers = ((lanes * POWERS["2"]).sum(axis=-1) + 2 * (16 + 4 + 1)) & 255  # (groups, units, depth)
     return (numbers << np.arange(0, 32, 8)).sum(axis=-1).astype(np.uint32)

@@ -31,10 +31,10 @@ __attribute__((naked)) void planish_product_2(__attribute__((unused)) const plan
             STEP("r3")
             "sxtb16 r2, r2, ror #8\n"
             STEP("r2")
-            PRODUCT_LOOP
+            LOOP
             "ldrd r2, r3, [sp, #32]\n"
-            PRODUCT_DIFFERENCES("r4", "r5", "r6", "r7", "r2", "5", "3", "1")
-            PRODUCT_DIFFERENCES("r8", "r9", "r10", "r11", "r3", "5", "3", "1")
+            DIFFERENCES("r4", "r5", "r6", "r7", "r2", "5", "3", "1")
+            DIFFERENCES("r8", "r9", "r10", "r11", "r3", "5", "3", "1")
             PRODUCT_REQUANTIZE);
 }
 #else
@@ -42,6 +42,6 @@ __attribute__((naked)) void planish_product_2(__attribute__((unused)) const plan
 
 void planish_product_2(const planish_product *product, const uint32_t *pairs, int8_t *y, int32_t second)
 {
-    planish_product_c(product, pairs, y, second, 2);
+    planish_product_c(product, pairs, y, second, FORM_2);
 }
 #endif

@@ -29,10 +29,10 @@ __attribute__((naked)) void planish_product_4(__attribute__((unused)) const plan
             "ldrd r2, r3, [r0], #8\n"
             STEP("r2")
             STEP("r3")
-            PRODUCT_LOOP
+            LOOP
             "ldrd r2, r3, [sp, #32]\n"
-            PRODUCT_DIFFERENCES("r4", "r5", "r6", "r7", "r2", "11", "7", "3")
-            PRODUCT_DIFFERENCES("r8", "r9", "r10", "r11", "r3", "11", "7", "3")
+            DIFFERENCES("r4", "r5", "r6", "r7", "r2", "11", "7", "3")
+            DIFFERENCES("r8", "r9", "r10", "r11", "r3", "11", "7", "3")
             PRODUCT_REQUANTIZE);
 }
 #else
@@ -40,6 +40,6 @@ __attribute__((naked)) void planish_product_4(__attribute__((unused)) const plan
 
 void planish_product_4(const planish_product *product, const uint32_t *pairs, int8_t *y, int32_t second)
 {
-    planish_product_c(product, pairs, y, second, 4);
+    planish_product_c(product, pairs, y, second, FORM_4);
 }
 #endif

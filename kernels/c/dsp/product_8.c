@@ -26,7 +26,7 @@ __attribute__((naked)) void planish_product_8(__attribute__((unused)) const plan
             PRODUCT_GROUP
             STEP
             STEP
-            PRODUCT_LOOP
+            LOOP
             "sub r4, r4, r5\n"
             "sub r6, r6, r7\n"
             "sub r8, r8, r9\n"
@@ -38,6 +38,6 @@ __attribute__((naked)) void planish_product_8(__attribute__((unused)) const plan
 
 void planish_product_8(const planish_product *product, const uint32_t *pairs, int8_t *y, int32_t second)
 {
-    planish_product_c(product, pairs, y, second, 8);
+    planish_product_c(product, pairs, y, second, FORM_8);
 }
 #endif

@@ -30,9 +30,9 @@ __attribute__((naked)) void planish_row_product_2(__attribute__((unused)) const 
             STEP("r10", "r12")
             "sxtb16 r9, r9, ror #8\n"
             STEP("r9", "lr")
-            ROW_LOOP
+            LOOP
             "ldr r2, [sp, #24]\n"
-            PRODUCT_DIFFERENCES("r4", "r5", "r6", "r7", "r2", "5", "3", "1")
+            DIFFERENCES("r4", "r5", "r6", "r7", "r2", "5", "3", "1")
             ROW_REQUANTIZE);
 }
 #else
@@ -41,6 +41,6 @@ __attribute__((naked)) void planish_row_product_2(__attribute__((unused)) const 
 void planish_row_product_2(const planish_product *product, const int8_t *x, int8_t *y, int32_t sum)
 {
     (void)sum;
-    planish_row_product_c(product, x, y, 2);
+    planish_row_product_c(product, x, y, FORM_2);
 }
 #endif

@@ -26,9 +26,9 @@ __attribute__((naked)) void planish_row_product_4(__attribute__((unused)) const 
             STEP("r9", "r3")
             STEP("r10", "r12")
             STEP("r11", "lr")
-            ROW_LOOP
+            LOOP
             "ldr r2, [sp, #24]\n"
-            PRODUCT_DIFFERENCES("r4", "r5", "r6", "r7", "r2", "11", "7", "3")
+            DIFFERENCES("r4", "r5", "r6", "r7", "r2", "11", "7", "3")
             ROW_REQUANTIZE);
 }
 #else
@@ -37,6 +37,6 @@ __attribute__((naked)) void planish_row_product_4(__attribute__((unused)) const 
 void planish_row_product_4(const planish_product *product, const int8_t *x, int8_t *y, int32_t sum)
 {
     (void)sum;
-    planish_row_product_c(product, x, y, 4);
+    planish_row_product_c(product, x, y, FORM_4);
 }
 #endif

@@ -26,7 +26,7 @@ __attribute__((naked)) void planish_row_product_8(__attribute__((unused)) const 
             "ldmia.w r0!, {r8-r11}\n"
             STEP("r8", "r9", "r12")
             STEP("r10", "r11", "lr")
-            ROW_LOOP
+            LOOP
             "sub r4, r4, r5\n"
             "sub r6, r6, r7\n"
             ROW_REQUANTIZE);
@@ -37,6 +37,6 @@ __attribute__((naked)) void planish_row_product_8(__attribute__((unused)) const 
 void planish_row_product_8(const planish_product *product, const int8_t *x, int8_t *y, int32_t sum)
 {
     (void)sum;
-    planish_row_product_c(product, x, y, 8);
+    planish_row_product_c(product, x, y, FORM_8);
 }
 #endif
