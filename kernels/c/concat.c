@@ -3,15 +3,11 @@
 
 void planish_concat(const planish_concat_layer *l, const int8_t *const *x, int8_t *y)
 {
-    int32_t o, i, k;
+    int32_t o, i;
     for (o = 0; o < l->outer; o++) {
         for (i = 0; i < l->inputs; i++) {
             int32_t width = l->widths[i];
-            const int8_t *source = x[i] + o * width;
-            const int8_t *table = l->mapped[i] < 0 ? 0 : l->tables + l->mapped[i] * 256;
-            for (k = 0; k < width; k++) {
-                y[k] = planish_look_up(table, source[k]);
-            }
+            planish_copy(l->mapped[i] < 0 ? 0 : l->tables + l->mapped[i] * 256, x[i] + o * width, y, width);
             y += width;
         }
     }

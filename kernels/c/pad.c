@@ -8,14 +8,14 @@ void planish_pad(const planish_pad_layer *l, const int8_t *x, int8_t *y)
     int32_t index[MOST] = {0, 0, 0, 0, 0, 0};
     int32_t last = l->dimensions - 1;
     int32_t source = l->x_offset, target = l->y_offset;
+    int32_t width = l->sizes[last], size = l->size;
+    int8_t value = (int8_t)l->value;
     int32_t d, i;
-    for (i = 0; i < l->size; i++) {
-        y[i] = (int8_t)l->value;
+    for (i = 0; i < size; i++) {
+        y[i] = value;
     }
     for (;;) {
-        for (i = 0; i < l->sizes[last]; i++) {
-            y[target + i] = planish_look_up(l->table, x[source + i]);
-        }
+        planish_copy(l->table, x + source, y + target, width);
         for (d = last - 1; d >= 0; d--) {
             index[d]++;
             source += l->x_strides[d];

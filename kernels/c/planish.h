@@ -66,6 +66,21 @@ static inline int8_t planish_look_up(const int8_t *table, int8_t code)
     return table ? table[(int32_t)code + 128] : code;
 }
 
+/* `size` codes, through a table where there is one */
+static inline void planish_copy(const int8_t *table, const int8_t *x, int8_t *y, int32_t size)
+{
+    int32_t i;
+    if (table) {
+        for (i = 0; i < size; i++) {
+            y[i] = table[(int32_t)x[i] + 128];
+        }
+    } else {
+        for (i = 0; i < size; i++) {
+            y[i] = x[i];
+        }
+    }
+}
+
 /* ---- layers; low and high are the bounds of the output's codes ---- */
 
 typedef struct {

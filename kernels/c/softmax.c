@@ -3,25 +3,28 @@
 
 void planish_softmax(const planish_softmax_layer *l, const int8_t *x, int8_t *y)
 {
-    float low = (float)(l->low - l->y_zero_point), high = (float)(l->high - l->y_zero_point);
+    /* copies: y might lie over the layer, for all that the compiler knows */
+    int32_t size = l->size, inner = l->inner, zero_point = l->y_zero_point, outer = l->outer;
+    float low = (float)(l->low - zero_point), high = (float)(l->high - zero_point), inverse_scale = l->inverse_scale;
     int32_t o, i, k;
-    for (o = 0; o < l->outer; o++) {
-        for (i = 0; i < l->inner; i++) {
-            const int8_t *in = x + o * l->size * l->inner + i;
-            int8_t *out = y + o * l->size * l->inner + i;
-            int32_t largest = -128, offset;
+    for (o = 0; o < outer; o++) {
+        for (i = 0; i < inner; i++) {
+            const int8_t *in = x + o * size * inner + i;
+            int8_t *out = y + o * size * inner + i;
+            const float *exponentials;
+            int32_t largest = -128;
             float sum = 0.0f;
-            for (k = 0; k < l->size; k++) {
-                largest = in[k * l->inner] > largest ? in[k * l->inner] : largest;
+            for (k = 0; k < size; k++) {
+                largest = in[k * inner] > largest ? in[k * inner] : largest;
             }
-            offset = 255 - largest; /* the largest code meets the last exponential */
-            for (k = 0; k < l->size; k++) {
-                sum += l->exponentials[offset + in[k * l->inner]];
+            exponentials = l->exponentials + 255 - largest; /* the largest code meets the last one */
+            for (k = 0; k < size; k++) {
+                sum += exponentials[in[k * inner]];
             }
-            for (k = 0; k < l->size; k++) {
-                float code = l->exponentials[offset + in[k * l->inner]] * l->inverse_scale;
+            for (k = 0; k < size; k++) {
+                float code = exponentials[in[k * inner]] * inverse_scale;
                 code = code / sum;
-                out[k * l->inner] = (int8_t)(planish_round(planish_clamp(code, low, high)) + l->y_zero_point);
+                out[k * inner] = (int8_t)(planish_round(planish_clamp(code, low, high)) + zero_point);
             }
         }
     }
