@@ -197,3 +197,65 @@ def test_output_of_conv2d_lies_over_the_input(bench: Any, tmp_path: Path) -> Non
     np.testing.assert_array_equal(made.codes[0], ops()[node.op].reference(node, *inputs))
     assert call.overlap is not None
     assert made.arena_bytes <= 12 * 12 * 8 + call.overlap + call.scratch + 8
+
+
+DEPTHWISE: list[dict[str, Any]] = [
+    {"c": 8, "size": (9, 8)},
+    {"c": 3, "size": (15, 5)},  # turned: its columns are longer
+    {"c": 5, "size": (6, 6), "pads": NONE},
+    {"c": 4, "size": (3, 3)},
+    {"c": 4, "size": (4, 1)},
+    {"c": 4, "size": (5, 5), "pads": (2, 0, 0, 2)},
+    {"c": 2, "size": (5, 6), "pads": (3, 3, 3, 3)},  # windows that hold nothing but padding
+    {"c": 8, "size": (9, 9), "stride": 2},
+    {"c": 4, "size": (8, 8), "stride": 2, "pads": (0, 0, 1, 1)},
+    {"c": 5, "size": (8, 7), "stride": 2},
+    {"c": 3, "size": (9, 9), "kernel": (5, 5), "pads": (2, 2, 2, 2)},
+    {"c": 3, "size": (10, 9), "kernel": (5, 5), "pads": (2, 2, 2, 2), "stride": 2},
+    {"c": 4, "size": (8, 6), "kernel": (2, 4), "pads": (0, 1, 1, 2)},
+    {"c": 6, "size": (12, 1), "kernel": (3, 1), "pads": (1, 0, 1, 0)},
+    {"c": 4, "size": (1, 13), "kernel": (1, 2), "pads": NONE},
+    {"c": 2, "size": (5, 6), "kernel": (1, 1), "pads": NONE},
+]
+
+
+def depthwise(bench: Any, bits: int) -> list[Node]:
+    rng = np.random.default_rng(8)
+    found: list[Node] = []
+    for i, shape in enumerate(DEPTHWISE):
+        bounds = {"low": 0.0, "high": 6.0} if i % 3 == 0 else {}
+        node = bench.node_of(
+            "depthwise_conv2d", bench.convolution(rng, o=shape["c"], group=shape["c"], **shape, **bounds)
+        )
+        found.append(extreme(node, bits, 5 * (i + bits) + 1))
+    return found
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2])
+def test_depthwise_conv2d(bits: int, bench: Any, tmp_path: Path) -> None:
+    found = depthwise(bench, bits)
+    assert {kernel(n) for n in found} == {"armv6m_depthwise_conv2d"}
+    bench.equal_reference(found, TARGET, tmp_path)
+
+
+def test_depthwise_output_lies_in_the_place_of_the_input(bench: Any, tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    for size in ((12, 12), (17, 5)):
+        node = bench.node_of("depthwise_conv2d", bench.convolution(rng, 8, 8, size, group=8))
+        inputs = bench.random_inputs(rng, node, 1)
+        call = version.choose(ops(), node, targets.load(TARGET).features)
+        assert call.in_place == (0,)
+        made = bench.on_device(node, [inputs], TARGET, tmp_path / str(size[0]))
+        np.testing.assert_array_equal(made.codes[0], ops()[node.op].reference(node, *inputs))
+        assert made.arena_bytes <= size[0] * size[1] * 8 + call.scratch + 8
+
+
+def test_other_depthwise_convolutions_run_portable(bench: Any) -> None:
+    rng = np.random.default_rng(1)
+    for other in (
+        bench.convolution(rng, 4, 8, (6, 6), group=4),  # multiplier 2
+        bench.convolution(rng, 4, 4, (9, 9), group=4, dilation=2),
+        bench.convolution(rng, 4, 4, (6, 6), group=4, unsigned=True, per_channel=False),  # weight zero points
+        bench.convolution(rng, 4, 4, (9, 9), group=4, stride=3),
+    ):
+        assert kernel(bench.node_of("depthwise_conv2d", other)) == "depthwise_conv2d"

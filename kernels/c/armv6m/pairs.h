@@ -49,8 +49,9 @@ typedef struct {
 } pairs_t;
 
 #if defined(__ARM_ARCH_6M__)
-#define TEXT_(x) #x
-#define TEXT(x) TEXT_(x)
+#define LOW 52 /* of pairs_t */
+#define HIGH 56
+#include "armv6m/code.h"
 
 /* r0 words, r1 weights, r3 sum; r2, r4 to r7 free; r8 second, r9 both */
 #define TAP(x, k) "ldrb r2, [r1, #" TEXT(k) "]\n muls " x ", r2\n adds r3, " x "\n"
@@ -69,29 +70,6 @@ typedef struct {
         TAP("r7", 8 * k + 3) "ldmia r0!, {r4, r5, r6, r7}\n" TAP("r4", 8 * k + 4) TAP("r5", 8 * k + 5)                  \
             TAP("r6", 8 * k + 6) TAP("r7", 8 * k + 7) SPLIT
 #define CHUNKS CHUNK(0) CHUNK(1) CHUNK(2) CHUNK(3)
-#endif
-
-/* the code of the sum in register s, r4 word, r6 mantissa, r5 half, r3 limit, r12 window; r7 free */
-#if ONE_SIDED
-#define CODE(s, n)                                                                                                     \
-    "asrs " s ", r4\n cmp " s ", r3\n bhi 20" n "f\n muls " s ", r6\n adds " s ", r5\n bmi 21" n "f\n lsls r7, " s      \
-    ", #9\n cmp r7, r12\n blo 22" n "f\n lsrs " s ", " s ", #23\n subs " s ", #128\n 23" n ":\n"
-#define SATURATED(s, n)                                                                                                \
-    "20" n ": asrs " s ", " s ", #31\n movs r7, #127\n eors " s ", r7\n b 23" n "b\n 21" n ": movs " s                  \
-    ", #127\n b 23" n "b\n"
-#else
-#if CLAMPED
-#define KEPT(s, n)                                                                                                     \
-    "ldr r7, [sp, #52]\n cmp " s ", r7\n bge 24" n "f\n mov " s ", r7\n 24" n ": ldr r7, [sp, #56]\n cmp " s            \
-    ", r7\n ble 25" n "f\n mov " s ", r7\n 25" n ":\n"
-#else
-#define KEPT(s, n)
-#endif
-#define CODE(s, n)                                                                                                     \
-    "asrs " s ", r4\n sxth r7, " s "\n cmp r7, " s "\n bne 22" n "f\n muls " s ", r6\n adds " s ", r5\n lsls r7, " s    \
-    ", #10\n cmp r7, r12\n blo 22" n "f\n lsrs " s ", " s ", #22\n cmp " s ", #255\n bhi 22" n "f\n subs " s            \
-    ", #128\n" KEPT(s, n) "23" n ":\n"
-#define SATURATED(s, n)
 #endif
 
 /* for every output: dot products, requantization, two stores */
