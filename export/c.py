@@ -19,7 +19,7 @@ from ..common import files
 from ..common.errors import PlanishError
 from ..kernels import layout
 from ..targets.target import Target
-from . import c_project, firmware, memory_picture, onnx, qdq
+from . import c_project, firmware, memory_picture, onnx, patches, qdq
 from .c_project import Border, CArray, Project
 from .format import Format, Source, Written
 from .graph import Graph
@@ -65,12 +65,15 @@ def write_project(
     """Write a deployment graph as a C project into `folder`: the facts about it, and bytes of flash and RAM where the target
     is a microcontroller. `golden` are inputs of the model, of which the first sample becomes the known-answer test.
     """
-    project = c_project.build(graph, name, target.features)
+    project, patched = fitted(graph, name, target)
     check_budget(project, target)
     _write_sources(project, target, golden, folder)
     picture = memory_picture.draw(project.memory, [n.name for n in project.graph.nodes], project.title)
     (folder / PICTURE).write_text(picture, encoding="utf-8", newline="\n")
     facts = _facts(project)
+    if patched is not None:
+        facts["patches"] = patched.facts()
+        warnings.append(f"the model fits only in patches: {patched.summary()}")
     if target.flash is not None and target.ram is not None:
         facts["regions"] = {"flash": target.flash.model_dump(), "ram": target.ram.model_dump()}
     flash: int | None = None
@@ -80,6 +83,19 @@ def write_project(
         facts |= sizes
     (folder / MODEL).write_text(files.to_json(facts), encoding="utf-8")
     return facts, flash, ram
+
+
+def fitted(graph: Graph, name: str, target: Target) -> tuple[Project, patches.Patched | None]:
+    """The project, its first layers in patches where the target's RAM is too small for whole maps."""
+    whole = c_project.build(graph, name, target.features)
+    room = None if target.ram is None else target.ram.length - firmware.STACK
+    if room is None or whole.memory.plan.arena <= room:
+        return whole, None
+    known: c_project.Known = {}
+    found = patches.choose(graph, lambda g: c_project.calls_of(g, target.features, known), room)
+    if found is None or found.arena > room:
+        return whole, None
+    return c_project.build(found.graph, name, target.features), found
 
 
 def sources_of(project: Project) -> list[str]:

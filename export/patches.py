@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 from ..common.errors import PlanishError
 from ..kernels import window
@@ -269,6 +270,25 @@ class Patched:
     def share(self) -> float:
         """`extra_macs` as a part of the original ones."""
         return self.extra_macs / max(1, self.macs)
+
+    def facts(self) -> dict[str, Any]:
+        """For the manifest."""
+        return {
+            "until": self.until,
+            "layers": self.layers,
+            "grid": list(self.grid),
+            "extra_macs": self.extra_macs,
+            "share": round(self.share, 6),
+            "summary": self.summary(),
+        }
+
+    def summary(self) -> str:
+        """One line for people."""
+        rows, columns = self.grid
+        return (
+            f"{self.layers} layers up to '{self.until}' in {rows} x {columns} patches, {self.extra_macs} MACs "
+            f"({self.share:.1%}) more, arena {self.arena} bytes"
+        )
 
 
 def choose(

@@ -405,6 +405,9 @@ class _Search:
         `offsets` of what is placed, `earliest` offsets of what is not. Ends when `better` is found.
         """
         problem = self.problem
+        self.visits -= 1
+        if self.visits < 0:
+            return False
         if not earliest:
             places = problem.place(self.easy[::-1], offsets)
             self.better = _Found(tuple(places), problem.arena(places))
@@ -413,9 +416,6 @@ class _Search:
         if state in self.seen or self._hopeless(earliest, last):
             return True
         self.seen.add(state)
-        self.visits -= 1
-        if self.visits < 0:
-            return False
         choices = [(max(earliest[i] for i in g), g) for g in self.groups if all(i in earliest for i in g)]
         for start, group in sorted(choices, key=lambda c: (c[0], -problem.items[c[1][0]].size, c[1])):
             after = {i: e for i, e in earliest.items() if i not in group}

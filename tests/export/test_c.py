@@ -133,7 +133,7 @@ def too_large(made, target, folder):
 
 def test_too_little_ram_names_the_peak(tiny, tmp_path):
     message = too_large(tiny("residual"), small(ram=2600), tmp_path)
-    project = c_project.build(qdq.read(tiny("residual")[0]), "tiny")
+    project = c_project.build(qdq.read(tiny("residual")[0]), "tiny", targets.load("stm32f746").features)
     over = project.memory.plan.arena + firmware.STACK - 2600
     assert f"{over} over its 2600" in message
     assert "at layer 'conv_c' (conv2d)" in message

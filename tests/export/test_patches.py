@@ -6,9 +6,10 @@ import subprocess
 import numpy as np
 import pytest
 from planish.common.errors import PlanishError
-from planish.export import c, c_project, memory, patches, planner, qdq
+from planish.export import c, c_project, firmware, memory, patches, planner, qdq
 from planish.kernels.op import Node, Tensor
 from planish.targets import target as targets
+from planish.targets.target import Memory
 
 NETWORKS = ("residual", "branches", "flatten", "channels_last", "padded")
 
@@ -73,7 +74,7 @@ def test_generated_c_gives_the_same_codes(name, options, networks, tmp_path):
     if shutil.which("gcc") is None:
         pytest.skip("gcc is not installed")
     graph, x = networks[name]
-    for i, (stage, grid, made) in enumerate(list(splits(graph))[-5:]):
+    for i, (stage, grid, made) in enumerate(list(splits(graph))[-5::2]):
         folder = tmp_path / f"{i}"
         folder.mkdir()
         c.write_project(made, "tiny", targets.load("host"), {graph.inputs[0].name: x}, folder, [])
@@ -208,6 +209,21 @@ def test_choice_takes_the_least_work_that_fits(mobile):
     found = patches.choose(graph, calls, ram=room, extra=0.5)
     assert least.arena <= found.arena <= room
     assert found.extra_macs < least.extra_macs
+
+
+def test_a_model_that_does_not_fit_is_exported_in_patches(mobile, tmp_path):
+    graph, x = mobile
+    plenty = targets.load("host")
+    project, none = c.fitted(graph, "tiny", plenty)
+    assert none is None
+    small = targets.load("stm32f446")
+    room = firmware.STACK + project.memory.plan.arena * 3 // 4
+    small = small.model_copy(update={"ram": Memory(origin=small.ram.origin, length=room)})
+    warnings = []
+    facts, *_ = c.write_project(graph, "tiny", small, {"x": x["x"]}, tmp_path, warnings)
+    assert facts["memory"]["arena"] + firmware.STACK <= room
+    assert facts["patches"]["extra_macs"] == facts["macs"] - graph.macs
+    assert any("patches" in w for w in warnings)
 
 
 def test_no_patches_where_none_help(networks):
