@@ -66,11 +66,10 @@ void PLANISH_KERNEL(const planish_mve_conv2d_layer *l, const int8_t *x, int8_t *
 #endif
 {
     int32_t size = l->kernel_height * l->kernel_width * l->in_channels, pixels = l->out_height * l->out_width;
-    int32_t block = 2 * (2 + 2 * STEP / 4 * ((size + STEP - 1) / STEP)) + 4; /* words of four outputs */
     int32_t row = 0, column = 0, i;
     windows_t job;
     job.stream = l->weight;
-    job.end = l->weight + l->blocks * block;
+    job.end = l->weight + l->words;
     job.size = size;
     job.zero_point = l->y_zero_point;
     job.low = l->low;
@@ -79,12 +78,12 @@ void PLANISH_KERNEL(const planish_mve_conv2d_layer *l, const int8_t *x, int8_t *
         for (i = 0; i < WINDOWS; i++) {
             if (i < pixels) {
 #ifdef PLANISH_POINTWISE
-                job.x[i] = x + (row * l->stride_height * l->in_width + column * l->stride_width) * size;
+                job.window[i].x = x + (row * l->stride_height * l->in_width + column * l->stride_width) * size;
 #else
                 /* windows lie whole words apart */
                 int8_t *window = scratch + i * ((size + 3) & ~3);
                 gather(l, x, row * l->stride_height - l->pad_top, column * l->stride_width - l->pad_left, window);
-                job.x[i] = window;
+                job.window[i].x = window;
 #endif
                 job.y[i] = y;
                 y += l->out_channels;
@@ -93,10 +92,11 @@ void PLANISH_KERNEL(const planish_mve_conv2d_layer *l, const int8_t *x, int8_t *
                     row++;
                 }
             } else { /* the last pixel again */
-                job.x[i] = job.x[i - 1];
+                job.window[i].x = job.window[i - 1].x;
                 job.y[i] = y - l->out_channels;
             }
         }
+        start_windows(&job);
         job.outputs = l->out_channels;
         multiply_windows(&job);
         pixels -= WINDOWS;

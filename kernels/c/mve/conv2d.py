@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from ... import weights, window
-from ...op import Call, Node
+from ... import window
+from ...op import Array, Call, Node
+from ...window import Window
 from .. import overlap
 from ..version import Version
 from . import stream
@@ -29,40 +30,56 @@ class Conv2d(Version):
             or max(node.inputs[0].bits, node.output.bits) != 8
         ):
             return None
-        outputs, depth, kh, kw = weight.shape
-        rows = weight.transpose(0, 2, 3, 1).reshape(outputs, -1)  # (out, kh * kw * in)
         shape = window.of(node)
-        pointwise = shape.kernel == (1, 1) and shape.pads == (0, 0, 0, 0)
-        _, channels, height, width = node.inputs[0].shape
-        _, _, out_height, out_width = node.output.shape
-        ends = overlap.blocks(out_height * out_width, WINDOWS)
-        defines = {
-            "PLANISH_POINTWISE": pointwise,
-            "PLANISH_RAGGED": outputs % stream.BLOCK != 0,
-            "PLANISH_CLAMP": (node.attributes["low"], node.attributes["high"]) != (-128, 127),
-        }
-        return Call(
-            kernel="mve_conv2d",
-            sources=(),
-            template="mve/conv2d.c",
-            headers=("mve/conv2d.h",),
-            defines={name: 1 for name, wanted in defines.items() if wanted},
-            fields={
-                "in_height": height,
-                "in_width": width,
-                "in_channels": channels,
-                "out_height": out_height,
-                "out_width": out_width,
-                "out_channels": outputs,
-                **shape.fields(),
-                "x_zero_point": node.inputs[0].zero_point,
-                "y_zero_point": node.output.zero_point,
-                "low": node.attributes["low"],
-                "high": node.attributes["high"],
-                "blocks": -(-outputs // stream.BLOCK),
-            },
-            arrays={"weight": stream.windows(rows, weights.folded_bias(node), node.constants["rescale"])},
-            comments={"weight": f"out {outputs}, kernel {kh} x {kw}, in {depth}; packed, with bias and rescale"},
-            scratch=0 if pointwise else WINDOWS * -(-rows.shape[1] // 4) * 4,
-            overlap=overlap.of_pixels_read_late(node, ends) if pointwise else overlap.of_pixels(node, ends),
-        )
+        x, y = node.inputs[0].shape[1:], node.output.shape[1:]
+        ends = overlap.blocks(y[1] * y[2], WINDOWS)
+        distance = overlap.of_pixels_read_late if is_pointwise(shape) else overlap.of_pixels
+        return call_of(node, weight, shape, (x[0], x[1], x[2]), (y[0], y[1], y[2]), distance(node, ends))
+
+
+def call_of(
+    node: Node, weight: Array, shape: Window, x: tuple[int, int, int], y: tuple[int, int, int], distance: int
+) -> Call:
+    """The call for `weight` int8 (out, in, kh, kw); `x` and `y` are (channels, height, width)."""
+    outputs, depth, kh, kw = weight.shape
+    rows = weight.transpose(0, 2, 3, 1).reshape(outputs, -1)  # (out, kh * kw * in)
+    packed = stream.blocks(node, rows, stream.WINDOW_LEVELS)
+    pointwise = is_pointwise(shape)
+    words = stream.windows(packed)
+    return Call(
+        kernel="mve_conv2d",
+        sources=(),
+        template="mve/conv2d.c",
+        headers=("mve/conv2d.h",),
+        defines={**({"PLANISH_POINTWISE": 1} if pointwise else {}), **defines(node, packed.bits, outputs)},
+        fields={
+            "in_height": x[1],
+            "in_width": x[2],
+            "in_channels": x[0],
+            "out_height": y[1],
+            "out_width": y[2],
+            "out_channels": outputs,
+            **shape.fields(),
+            "x_zero_point": node.inputs[0].zero_point,
+            "y_zero_point": node.output.zero_point,
+            "low": node.attributes["low"],
+            "high": node.attributes["high"],
+            "words": words.size,
+        },
+        arrays={"weight": words},
+        comments={"weight": f"out {outputs}, kernel {kh} x {kw}, in {depth}; packed, with bias and rescale"},
+        scratch=0 if pointwise else WINDOWS * -(-rows.shape[1] // 4) * 4,
+        overlap=distance,
+    )
+
+
+def defines(node: Node, bits: int, outputs: int) -> dict[str, int]:
+    """What the code of a product is specialised for."""
+    clamp = (node.attributes["low"], node.attributes["high"]) != (-128, 127)
+    found = {"PLANISH_BITS": bits, "PLANISH_RAGGED": int(outputs % stream.BLOCK != 0), "PLANISH_CLAMP": int(clamp)}
+    return {name: value for name, value in found.items() if value}
+
+
+def is_pointwise(shape: Window) -> bool:
+    """Whether a window is a pixel of the input."""
+    return shape.kernel == (1, 1) and shape.pads == (0, 0, 0, 0)
