@@ -9,6 +9,7 @@ computed in float64 and rounded once.
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ aten = torch.ops.aten
 
 PADDED_BY_NAME = (aten.conv1d.padding, aten.conv2d.padding)
 FOLDABLE = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.linear.default)
+PARTED = (aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int)
 IDENTITIES = (
     aten.dropout.default,
     aten.clone.default,
@@ -120,7 +122,7 @@ def _made(graph: torch.fx.Graph, target: Any, args: tuple[Any, ...], value: torc
 def canonicalize(model: Model) -> Model:
     """One spelling per meaning: in-place ops out of place, paddings as numbers, no-ops dropped, global averages as one op.
 
-    `mean` over the spatial dimensions and an average pool whose window is the whole map become
+    Parts of a tensor (chunk, split, unbind) become slices. `mean` over the spatial dimensions and an average pool whose window is the whole map become
     adaptive_avg_pool2d(1), which every back end has as an integer op; silu becomes x * sigmoid(x).
     """
     model = model.copy()
@@ -131,11 +133,15 @@ def canonicalize(model: Model) -> Model:
         if node.target in IDENTITIES:
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
+        elif node.target is aten.view.default:
+            node.target = aten.reshape.default  # what made its input contiguous is dropped
         elif (plain := _out_of_place(node)) is not None:
             _read_after(node, graph)
             node.target = plain
         elif node.target in PADDED_BY_NAME:
             _numeric_padding(node, graph)
+        elif node.target in PARTED:
+            _parts_as_slices(node, graph)
         elif node.target is aten.slice.Tensor and _whole(node):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
@@ -200,6 +206,27 @@ def _numeric_padding(node: Node, graph: torch.fx.Graph) -> None:
     node.args = (x, weight, bias, stride, [t // 2 for t in totals], dilation, groups)
     node.kwargs = {}
     node.target = plain
+
+
+def _parts_as_slices(node: Node, graph: torch.fx.Graph) -> None:
+    """chunk, split and unbind as one slice, or one index, for each part that is read."""
+    source, values = node.args[0], node.meta["val"]
+    assert isinstance(source, Node)
+    dim = int(layers.argument(node, "dim")) % source.meta["val"].ndim
+    one = node.target is aten.unbind.int
+    sizes = [1 if one else v.shape[dim] for v in values]
+    if any(not isinstance(size, int) for size in sizes) or any(u.target is not operator.getitem for u in node.users):
+        return
+    for user in list(node.users):
+        index = user.args[1]
+        assert isinstance(index, int)
+        start = sum(sizes[: index % len(sizes)])
+        with graph.inserting_before(user):
+            args = (source, dim, start) if one else (source, dim, start, start + sizes[index])
+            part = _made(graph, aten.select.int if one else aten.slice.Tensor, args, values[index])
+        user.replace_all_uses_with(part)
+        graph.erase_node(user)
+    graph.erase_node(node)
 
 
 def _whole(node: Node) -> bool:

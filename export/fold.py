@@ -58,6 +58,23 @@ def attributes(node: onnx.NodeProto) -> dict[str, Any]:
     return found
 
 
+def fixed(folded: Folded) -> set[str]:
+    """Tensors that do not depend on the model's inputs."""
+    found = set(folded.constants)
+    for node in folded.nodes:
+        if all(not i or i in found for i in node.input):
+            found.update(node.output)
+    return found
+
+
+def set_attribute(node: onnx.NodeProto, name: str, value: object) -> None:
+    """Give an attribute a value, whether it has one or not."""
+    for attribute in list(node.attribute):
+        if attribute.name == name:
+            node.attribute.remove(attribute)
+    node.attribute.append(helper.make_attribute(name, value))
+
+
 def evaluate(node: onnx.NodeProto, inputs: Sequence[Array | None], opset: int) -> list[Array]:
     """Outputs of one node for constant inputs (None for an input that is left out)."""
     values = {name: x for name, x in zip(node.input, inputs, strict=True) if x is not None}

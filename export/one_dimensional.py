@@ -46,18 +46,9 @@ def _rank(name: str, folded: Folded) -> int:
     return len(folded.shapes.get(name, ()))
 
 
-def _fixed(folded: Folded) -> set[str]:
-    """Tensors that do not depend on the model's inputs."""
-    found = set(folded.constants)
-    for node in folded.nodes:
-        if all(not i or i in found for i in node.input):
-            found.update(node.output)
-    return found
-
-
 def _images(folded: Folded) -> set[str]:
     """The three-dimensional activations that become four-dimensional."""
-    fixed = _fixed(folded)
+    fixed = fold.fixed(folded)
 
     def activations(names: Iterable[str]) -> list[str]:
         return [n for n in names if n and n not in fixed and _rank(n, folded) == 3]
@@ -105,7 +96,7 @@ def _view(node: onnx.NodeProto, folded: Folded) -> bool:
 class _Widened:
     def __init__(self, folded: Folded, images: set[str]) -> None:
         self.folded, self.images = folded, images
-        self.fixed = _fixed(folded)
+        self.fixed = fold.fixed(folded)
         self.maker = {o: n for n in folded.nodes for o in n.output}
         self.constants = dict(folded.constants)
         self.shapes: dict[str, tuple[int, ...]] = dict(folded.shapes)
@@ -254,7 +245,7 @@ class _Widened:
             copied.CopyFrom(maker)
             copied.input[0], copied.output[0] = codes, made
             axis = int(fold.attributes(maker).get("axis", 1)) % max(len(shape), 1) + len(lead) - len(shape)
-            _set(copied, "axis", axis + 1 if axis == 2 else axis)
+            fold.set_attribute(copied, "axis", axis + 1 if axis == 2 else axis)
             self.nodes.append(copied)
             self.shapes[made] = wanted
             return made
@@ -275,11 +266,11 @@ class _Widened:
         if node.op_type in WINDOWS:
             for key in ("kernel_shape", "strides", "dilations"):
                 if key in given:
-                    _set(node, key, [1, *given[key]])
+                    fold.set_attribute(node, key, [1, *given[key]])
             if "pads" in given:
-                _set(node, "pads", [0, given["pads"][0], 0, given["pads"][1]])
+                fold.set_attribute(node, "pads", [0, given["pads"][0], 0, given["pads"][1]])
         elif node.op_type == "Concat":
-            _set(node, "axis", _axis(given["axis"]))
+            fold.set_attribute(node, "axis", _axis(given["axis"]))
         elif node.op_type == "Slice" and node.input[1] in self.constants:
             self._axes(node, self.constants[node.input[1]].size)
         elif node.op_type == "Pad" and node.input[1] in self.constants:
@@ -289,11 +280,3 @@ class _Widened:
 def _axis(axis: int) -> int:
     """An axis of (1, c, l) as one of (1, c, 1, l)."""
     return 3 if axis % 3 == 2 else axis % 3
-
-
-def _set(node: onnx.NodeProto, name: str, value: object) -> None:
-    """Give an attribute a value."""
-    for attribute in list(node.attribute):
-        if attribute.name == name:
-            node.attribute.remove(attribute)
-    node.attribute.append(helper.make_attribute(name, value))

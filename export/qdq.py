@@ -15,8 +15,9 @@ import numpy as np
 import onnx
 
 from ..common.errors import PlanishError
+from ..kernels import integer
 from ..kernels.op import Constant, FloatOp, Node, Tensor, Unsupported, ops
-from . import fold, one_dimensional, rewrite
+from . import curves, fold, one_dimensional, rewrite, rows
 from .graph import Array, Graph, Port
 
 SAME_ORDER = ("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity", "Dropout")
@@ -86,14 +87,15 @@ def read(model: onnx.ModelProto) -> Graph:
             "the model is not quantized: it has no QuantizeLinear and DequantizeLinear; integer code needs both around "
             "every op (the recipe w8a8-static puts them there)"
         )
-    return _Reader(one_dimensional.widen(fold.fold(model))).graph()
+    return _Reader(one_dimensional.widen(rows.arrange(fold.fold(model)))).graph()
 
 
 class _Reader:
     def __init__(self, folded: fold.Folded) -> None:
         self.folded = folded
         self.ops = ops()
-        self.known_types = sorted({t for op in self.ops.values() for t in op.onnx_types} | set(MOVES) | set(BORDER))
+        self.op_types = {t for op in self.ops.values() for t in op.onnx_types}
+        self.known_types = sorted(self.op_types | set(MOVES) | set(BORDER) | set(curves.OPS))
         self.values: dict[str, Known] = {}
         self.ports: dict[str, Port] = {}
         self.nodes: list[Node] = []
@@ -173,6 +175,8 @@ class _Reader:
             low, high = _bounds(node, operands)
             kept = [float(np.clip(v, low, high)) for v in (first.low, first.high)]
             self.values[node.output[0]] = replace(first, low=kept[0], high=kept[1], output=node.output[0])
+        elif (curve := self._curve(node, operands)) is not None:
+            self.values[node.output[0]] = curve
         elif node.op_type == "Add" and (biased := self._bias(node, operands)) is not None:
             self.values[node.output[0]] = biased
         elif node.op_type == "Concat" and all(isinstance(o, Codes) for o in operands):
@@ -282,7 +286,7 @@ class _Reader:
                 pending.low,
                 pending.high,
             )
-            tensor = self._emit(op)
+            tensor = self._emit(op) if pending.type != curves.TYPE else self._emit_curve(op, pending.attributes["real"])
         for move in pending.moves:
             tensor = self._emit_move(tensor, move)
         return tensor
@@ -339,6 +343,48 @@ class _Reader:
             return conv
         pads = [a + b for a, b in zip(conv.attributes["pads"], [*begin[2:], *end[2:]], strict=True)]
         return replace(conv, inputs=(moved.source, *conv.inputs[1:]), attributes={**conv.attributes, "pads": pads})
+
+    def _curve(self, node: onnx.NodeProto, operands: list[Known | None]) -> Pending | None:
+        """An elementwise op that depends on one activation only, through others that are not quantized: a function of its code."""
+        if node.op_type not in curves.OPS:
+            return None
+        tensor: Tensor | None = None
+        values: list[Array | None] = []
+        for operand in operands:
+            if isinstance(operand, Constant) and operand.values.size == 1:
+                values.append(_real(operand).reshape(()))
+                continue
+            if operand is None:
+                values.append(None)
+                continue
+            found = self._code_function(operand)
+            if found is None or (tensor is not None and tensor is not found[0]):
+                return None
+            tensor = found[0]
+            values.append(found[1])
+        plain = all(isinstance(o, Real) or (isinstance(o, Constant) and o.scale is not None) for o in operands)
+        shape = self.folded.shapes[node.output[0]]
+        if tensor is None or shape != tensor.shape or (plain and node.op_type in self.op_types):
+            return None  # an op of kernels/ takes it as it is
+        real = curves.evaluate(node, values, self.folded.opset)
+        return Pending(node, curves.TYPE, node.output[0], shape, {"real": real}, (tensor,))
+
+    def _code_function(self, operand: Known) -> tuple[Tensor, Array] | None:
+        """The tensor and float32 (256,), when an operand is a function of the codes of one tensor."""
+        if isinstance(operand, Real):
+            return operand.tensor, integer.dequantize(integer.codes(), operand.tensor)
+        if not isinstance(operand, Pending) or operand.moves or operand.node is None:
+            return None
+        if operand.type == curves.TYPE:
+            x, real = operand.inputs[0], operand.attributes["real"]
+        elif operand.type in curves.OPS and len(operand.inputs) == 1:
+            x = operand.inputs[0]
+            assert isinstance(x, Tensor)
+            real = curves.evaluate(operand.node, [integer.dequantize(integer.codes(), x)], self.folded.opset)
+        else:
+            return None
+        assert isinstance(x, Tensor)
+        return x, np.clip(real, np.float32(operand.low), np.float32(operand.high))
 
     def _bias(self, node: onnx.NodeProto, operands: list[Known | None]) -> Pending | None:
         """MatMul, Gemm or Conv without a bias, then Add of a constant vector: the same op with a bias."""
@@ -481,6 +527,13 @@ class _Reader:
         raise PlanishError(
             f"no integer kernel takes node '{op.name}' ({op.type}); known: {', '.join(self.known_types)}"
         )
+
+    def _emit_curve(self, op: FloatOp, real: Array) -> Tensor:
+        x = op.inputs[0]
+        assert isinstance(x, Tensor)
+        node = curves.node(op, x, real)
+        self.nodes.append(replace(node, name=_unused(node.name, self.node_names)))
+        return node.output
 
 
 def _unused(name: str, names: set[str]) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 from ..kernels import layout
 from ..kernels.layout import CHANNELS_FIRST, CHANNELS_LAST
 from ..kernels.op import Node, Tensor
+from . import views
 from .graph import Graph, Port
 
 
@@ -34,7 +35,7 @@ def simplify(graph: Graph, moved: Mapping[str, Moved]) -> Graph:
     graph = live(graph)
     graph = replace(graph, inputs=tuple(_input(p, graph, moved) for p in graph.inputs))
     graph = live(graph)
-    return live(_flatten(graph, moved))
+    return live(views.fold_moves(live(_flatten(graph, moved))))
 
 
 def live(graph: Graph) -> Graph:

@@ -5,6 +5,8 @@
 f is computed in float64 and rounded to float32. ONNX Runtime's QLinearLeakyRelu, and the float nodes that it runs for
 functions made of products and comparisons (HardSigmoid, HardSwish, ...), equal this bit for bit. Its Sigmoid, Tanh, Erf and Exp are
 float32 approximations, so an entry may differ by at most 1 code where the exact value lies next to a rounding boundary.
+
+Several ops in a row that read one activation and constants, such as a GELU written out, are one such function too (export/curves.py).
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from . import integer
-from .op import Array, Call, FloatOp, Node, Op, Unsupported
+from .op import Array, Call, FloatOp, Node, Op, Tensor, Unsupported
 from .parsing import clamp, only
 
 Attributes = Mapping[str, Any]
@@ -81,12 +83,7 @@ class Lookup(Op):
         if node.output.shape != x.shape:
             raise Unsupported(f"its output has shape {node.output.shape}; its input {x.shape}")
         real = integer.dequantize(integer.codes(), x)
-        if node.type in FLOAT32:
-            y = FLOAT32[node.type](real, node.attributes)
-        else:
-            y = FLOAT64[node.type](real.astype(np.float64), node.attributes).astype(np.float32)
-        bounds = clamp(node)
-        return Node("lookup", node.name, (x,), node.output, {}, {"table": integer.table(y, node.output, **bounds)})
+        return of(node, x, values(node.type, real, node.attributes))
 
     def reference(self, node: Node, *inputs: Array) -> Array:
         """See Op."""
@@ -99,6 +96,18 @@ class Lookup(Op):
     def call(self, node: Node) -> Call:
         """See Op."""
         return call(node)
+
+
+def values(kind: str, x: integer.Float32, attributes: Attributes) -> integer.Float32:
+    """float32 results of the ONNX function `kind` for float32 arguments."""
+    if kind in FLOAT32:
+        return FLOAT32[kind](x, attributes)
+    return FLOAT64[kind](x.astype(np.float64), attributes).astype(np.float32)
+
+
+def of(node: FloatOp, x: Tensor, y: integer.Float32) -> Node:
+    """The node for any function of `x` alone, by its float32 results (256,) for all codes in ascending order."""
+    return Node("lookup", node.name, (x,), node.output, {}, {"table": integer.table(y, node.output, **clamp(node))})
 
 
 def call(node: Node) -> Call:

@@ -66,6 +66,8 @@ class Matmul(Op):
                 "rows": rows,
                 "columns": columns,
                 "depth": depth,
+                "zero_points": (a.zero_point, b.zero_point, y.zero_point),
+                "rescale": np.float32(integer.rescale(a.scale, b.scale, y.scale)),
                 "a": view(places(a.shape), batches, "its first operand"),
                 "b": view(places(b.shape), batches, "its second operand"),
                 "y": view(places(y.shape), batches, "its output"),
@@ -77,11 +79,11 @@ class Matmul(Op):
         """See Op."""
         t = node.attributes
         a, b = (
-            layout.to_memory(x)[:, p].astype(np.float64) - tensor.zero_point
-            for x, p, tensor in zip(inputs, operands(node), node.inputs, strict=True)
+            layout.to_memory(x)[:, p].astype(np.float64) - zero_point
+            for x, p, zero_point in zip(inputs, operands(node), t["zero_points"][:2], strict=True)
         )  # (n, batches, rows, depth), (n, batches, depth, columns)
         total = (a @ b).astype(np.int64)  # exact: the sums fit 32 bits
-        codes = integer.requantize(total, factor(node), node.output.zero_point, t["low"], t["high"])
+        codes = integer.requantize(total, t["rescale"], t["zero_points"][2], t["low"], t["high"])
         y = np.empty((len(codes), node.output.size), np.int8)
         y[:, t["y"].places(t["batches"], t["rows"], t["columns"])] = codes
         return layout.from_memory(y, node.output.shape)
@@ -104,24 +106,18 @@ class Matmul(Op):
 def fields(node: Node) -> dict[str, int | float | str]:
     """Members of the C layer struct."""
     t = node.attributes
-    a, b = node.inputs
+    a_zp, b_zp, y_zp = t["zero_points"]
     steps = {f"{name}_{k}": v for name in ("a", "b", "y") for k, v in asdict(t[name]).items()}
     return {
         **{k: t[k] for k in ("batches", "rows", "columns", "depth")},
         **steps,
-        "a_zero_point": a.zero_point,
-        "b_zero_point": b.zero_point,
-        "y_zero_point": node.output.zero_point,
+        "a_zero_point": a_zp,
+        "b_zero_point": b_zp,
+        "y_zero_point": y_zp,
         "low": t["low"],
         "high": t["high"],
-        "rescale": float(factor(node)),
+        "rescale": float(t["rescale"]),
     }
-
-
-def factor(node: Node) -> np.float32:
-    """float32(a_scale * b_scale / y_scale)."""
-    a, b = node.inputs
-    return np.float32(integer.rescale(a.scale, b.scale, node.output.scale))
 
 
 def operands(node: Node) -> tuple[Array, Array]:

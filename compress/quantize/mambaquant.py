@@ -27,7 +27,8 @@ from ..passes import Context, Pass, matches
 from .linears import HEAD, check_patterns
 from .mamba_rotations import Batches, MambaRotations, observe
 from .observers import BINS, Observer, Statistics, choose, collect, place
-from .static import ACTIVATION_DTYPE, LEVELS, _affine, _stored, _weight_scale
+from .operands import affine_range
+from .static import ACTIVATION_DTYPE, LEVELS, _stored, _weight_scale
 
 WEIGHTED = ("aten.linear", "aten.conv1d")
 OPERANDS = {"x": 0, "B": 3, "C": 4}
@@ -113,7 +114,7 @@ class MambaQuant(Pass):
 
     def _pair(self, module: GraphModule, source: Node, stats: Statistics) -> Node:
         """Quantize -> dequantize behind `source`; returns the dequantized tensor. Other readers keep the float one."""
-        scale, zero = _affine(*choose(stats, self.observer, self.percentile, LEVELS))
+        scale, zero = affine_range(*choose(stats, self.observer, self.percentile, LEVELS))
         graph = module.graph
         with graph.inserting_after(source):
             name = place(source)

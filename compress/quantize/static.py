@@ -8,7 +8,8 @@ later inputs make up for the error of earlier ones (compensation.py), and are ke
 
 Where pairs go. An op of COMPUTE or TABLE has its inputs quantized and its output quantized, after a ReLU or clip that
 follows it alone, which then costs nothing: the output's range is the clip. Ops of TRANSPORT only move or select values, so
-their output keeps the codes, the scale and the zero point of their input, and they run on integers unchanged. A tensor
+their output keeps the codes, the scale and the zero point of their input, and they run on integers unchanged. A product with a
+positive number keeps the codes and scales the scale. Attention without a mask is taken apart into matrix products and softmax. A tensor
 that an unknown op makes stays float and is named in the receipt, and so does what reads a cache: calibration starts with an empty one.
 """
 
@@ -31,7 +32,7 @@ from ..fold import canonicalize, fold_batch_norm
 from ..layers import is_constant
 from ..model import Entry, Model
 from ..passes import Context, Pass, matches
-from . import compensation
+from . import compensation, operands
 from .observers import Batches, Observer, Statistics, choose, collect, place, watch
 
 aten = torch.ops.aten
@@ -47,6 +48,9 @@ COMPUTE = (
     aten.adaptive_avg_pool1d.default,
     aten.adaptive_avg_pool2d.default,
     aten.mean.dim,
+    aten.matmul.default,
+    aten.bmm.default,
+    aten.layer_norm.default,
 )
 TABLE = (
     aten.sigmoid.default,
@@ -55,6 +59,7 @@ TABLE = (
     aten.hardsigmoid.default,
     aten.leaky_relu.default,
     aten.elu.default,
+    aten.gelu.default,
     aten.softmax.int,
 )
 CLIP = (aten.relu.default, aten.relu6.default, aten.hardtanh.default, aten.clamp.default)
@@ -68,11 +73,13 @@ TRANSPORT = (
     aten.permute.default,
     aten.transpose.int,
     aten.slice.Tensor,
+    aten.select.int,
     aten.pad.default,
     aten.constant_pad_nd.default,
     aten.max_pool1d.default,
     aten.max_pool2d.default,
 )
+SCALING = (aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar)
 LEVELS = 256
 ACTIVATION_DTYPE = torch.uint8
 
@@ -128,12 +135,15 @@ class Static(Pass):
 
         model = fold_batch_norm(canonicalize(model))
         module = model.graph
+        operands.open_attention(module)
+        operands.fold_constants(module)
         plan = _Plan(module, self.skip, {i.name for i in model.inputs if i.state})
         _own_biases(module, [n for n in plan.compute if n.target in WEIGHTED])
         entries: list[Entry] = [*plan.left]
         quantized = self._weights(module, plan, entries, batches)
         if self.bias_correction:
             _correct_biases(module, quantized, batches)
+        entries += operands.quantize_constants(module, plan.compute)
         parameters = self._activations(module, plan, batches)
         _insert_pairs(module, parameters)
         _quantize_biases(module, quantized, entries)
@@ -192,15 +202,16 @@ class Static(Pass):
         steps = list(track(batches(), "calibrating"))
         stats = collect(module, plan.own, lambda: steps, self.observer != "minmax")
         found = {n: Parameters(n, *self._parameters(n, stats[n])) for n in plan.own}
-        for node, source in plan.shared.items():
-            found[node] = found[source]
+        for node, (source, factor) in plan.derived.items():
+            p = found[source]
+            found[node] = p if factor == 1 else Parameters(node, p.scale * factor, p.zero_point)
         return found
 
     def _parameters(self, node: Node, stats: Statistics) -> tuple[torch.Tensor, torch.Tensor]:
         """Scale and zero point. Probabilities get 1/256 and 0 whatever was seen: a smaller scale overflows runtimes."""
         if node.target is aten.softmax.int:
             return torch.tensor(1 / LEVELS), torch.tensor(0, dtype=ACTIVATION_DTYPE)
-        return _affine(*choose(stats, self.observer, self.percentile, LEVELS))
+        return operands.affine_range(*choose(stats, self.observer, self.percentile, LEVELS))
 
 
 @dataclass(frozen=True)
@@ -252,14 +263,16 @@ class _Plan:
         """nodes that run in integers"""
         self.own: list[Node] = []
         """tensors with a scale and zero point of their own, in graph order"""
-        self.shared: dict[Node, Node] = {}
-        """transported tensors -> the tensor in `own` whose parameters they share"""
+        self.derived: dict[Node, tuple[Node, float]] = {}
+        """transported and scaled tensors, in graph order: the tensor whose parameters they have, and the factor of its scale"""
         self.left: list[Entry] = []
         """receipt lines for what stays float"""
         nodes = list(module.graph.nodes)
         wanted: set[Node] = set()
         for node in nodes:
             if node.op != "call_function" or not _has_tensor(node) or node.target in (*CLIP, *TRANSPORT):
+                continue
+            if _factor(module, node) is not None:
                 continue
             if not _runs_in_integers(node):
                 self._leave(module, node, f"{node.target} has no integer form here")
@@ -268,21 +281,24 @@ class _Plan:
             elif any(n.op == "placeholder" and n.name in states for n in node.all_input_nodes):
                 self._leave(module, node, "reads a cache")
             else:
+                if node.target is aten.layer_norm.default:
+                    self._leave(module, node, "float32 factors of a layer norm's rounding")
                 self.compute.append(node)
                 wanted.add(self._after_clip(node))
                 for source in node.all_input_nodes:
-                    self._want(source, wanted)
-        self._place(nodes, wanted)
+                    self._want(module, source, wanted)
+        self._place(module, nodes, wanted)
         for pattern in skip:
             if not any(matches(layers.layer(n), [pattern]) for n in nodes if _runs_in_integers(n)):
                 names = sorted({layers.layer(n) for n in nodes if _runs_in_integers(n)})
                 raise PlanishError(f"quantize.static: skip '{pattern}' matches no layer; layers: {listed(names, 6)}")
 
-    def _want(self, node: Node, wanted: set[Node]) -> None:
+    def _want(self, module: GraphModule, node: Node, wanted: set[Node]) -> None:
         """Ask for integer codes of `node`, and of what it moves, so that the move itself runs on codes."""
         while not is_constant(node) and _is_float(node) and node not in wanted:
             wanted.add(node)
-            if node.target not in TRANSPORT or not _exact_transport(node) or not isinstance(node.args[0], Node):
+            moves = node.target in TRANSPORT and _exact_transport(node)
+            if not (moves or _factor(module, node) is not None) or not isinstance(node.args[0], Node):
                 return
             node = node.args[0]
 
@@ -302,17 +318,20 @@ class _Plan:
             return users[0]
         return node
 
-    def _place(self, nodes: list[Node], wanted: set[Node]) -> None:
+    def _place(self, module: GraphModule, nodes: list[Node], wanted: set[Node]) -> None:
         """Decide owners: walk forward; a transport of an owned tensor shares, all else that is wanted owns."""
         quantized: dict[Node, Node] = {}
         for node in nodes:
             if not _is_float(node) or is_constant(node):
                 continue
-            source = node.args[0] if node.op == "call_function" and node.target in TRANSPORT else None
-            if isinstance(source, Node) and source in quantized and _exact_transport(node):
+            source = node.args[0] if node.op == "call_function" else None
+            moves = node.target in TRANSPORT and _exact_transport(node)
+            factor = 1.0 if moves else _factor(module, node)
+            if isinstance(source, Node) and source in quantized and factor is not None:
                 if _only_pads_convolutions(node):
                     continue
-                quantized[node] = self.shared[node] = quantized[source]
+                quantized[node] = quantized[source] if moves else node
+                self.derived[node] = (quantized[source], factor)
             elif node in wanted or (node.target in CLIP and node.args[0] in quantized):
                 quantized[node] = node
                 self.own.append(node)
@@ -324,13 +343,33 @@ def _runs_in_integers(node: Node) -> bool:
     if node.target in WEIGHTED:
         return is_constant(node.args[1]) and (len(node.args) < 3 or node.args[2] is None or is_constant(node.args[2]))
     if node.target in (aten.add.Tensor, aten.mul.Tensor):
-        plain = node.kwargs.get("alpha", 1) == 1
-        return bool(plain) and all(isinstance(a, Node) and not is_constant(a) and _is_float(a) for a in node.args[:2])
+        given = [a for a in node.args[:2] if isinstance(a, Node) and _is_float(a)]
+        plain = node.kwargs.get("alpha", 1) == 1 and len(given) == 2
+        return bool(plain) and not all(is_constant(a) for a in given)
+    if node.target in (aten.matmul.default, aten.bmm.default):
+        return all(isinstance(a, Node) and not is_constant(a) and a.meta["val"].ndim > 1 for a in node.args[:2])
+    if node.target is aten.layer_norm.default:
+        weight, bias = (layers.argument(node, n) for n in ("weight", "bias"))
+        last = len(layers.argument(node, "normalized_shape")) == 1
+        return last and is_constant(weight) and (bias is None or is_constant(bias))
     if node.target in (aten.adaptive_avg_pool1d.default, aten.adaptive_avg_pool2d.default):
         return set(node.args[1]) == {1}  # pyright: ignore[reportArgumentType]
     if node.target is aten.mean.dim:
-        return node.meta["val"].is_floating_point() and _mean_of_positions(node)
+        return _is_float(node) and _mean_of_positions(node)
     return True
+
+
+def _factor(module: GraphModule, node: Node) -> float | None:
+    """The number by which a node scales its first input; None where it does something else. Codes keep their places if it is positive."""
+    if node.op != "call_function" or node.target not in SCALING or len(node.args) < 2 or not _is_float(node):
+        return None
+    source, other = node.args[:2]
+    if isinstance(other, Node) and is_constant(other) and other.meta["val"].ndim == 0:
+        other = layers.read(module, other).item()
+    if not isinstance(source, Node) or is_constant(source) or not isinstance(other, int | float):
+        return None
+    factor = 1 / other if other and node.target in (aten.div.Tensor, aten.div.Scalar) else float(other)
+    return factor if 0 < factor < float("inf") else None
 
 
 def _mean_of_positions(node: Node) -> bool:
@@ -373,7 +412,7 @@ def _is_float(node: Node) -> bool:
     return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
-def _weight_scale(weight: torch.Tensor, observer: Observer, low: int, high: int) -> torch.Tensor:
+def _weight_scale(weight: torch.Tensor, observer: Observer, low: int = -127, high: int = 127) -> torch.Tensor:
     """(out,) scales so that codes span low..high; 'mse' tries smaller ranges per channel. All-zero channels get 1."""
     flat = weight.reshape(len(weight), -1)  # (out, n)
     peak = torch.maximum(flat.amax(1) / high, flat.amin(1) / low).clamp_min(0)  # (out,)
@@ -388,15 +427,6 @@ def _weight_scale(weight: torch.Tensor, observer: Observer, low: int, high: int)
             better = error < least
             least, best = torch.where(better, error, least), torch.where(better, scale, best)
     return best
-
-
-def _affine(low: float, high: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale (float32 scalar) and zero point (uint8 scalar) of a range that contains 0."""
-    if high == low:
-        return torch.tensor(1.0), torch.tensor(0, dtype=ACTIVATION_DTYPE)
-    scale = torch.tensor((high - low) / (LEVELS - 1), dtype=torch.float32).clamp_min(torch.finfo(torch.float32).tiny)
-    zero = round(-low / float(scale))
-    return scale, torch.tensor(min(max(zero, 0), LEVELS - 1), dtype=ACTIVATION_DTYPE)
 
 
 def _correct_biases(module: GraphModule, weights: dict[Node, Weight], batches: Batches) -> None:

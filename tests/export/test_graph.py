@@ -150,8 +150,43 @@ def test_unknown_op_is_named_with_the_known_ones():
 
 
 def test_float_tensor_is_named():
-    message = refused(around([("Sigmoid", ["d"], ["s"], {}), ("Sigmoid", ["s"], ["o"], {})], [1, 4]))
-    assert "'n_o' (Sigmoid) reads the float tensor 's'" in message
+    message = refused(around([("Sigmoid", ["d"], ["s"], {}), ("Softmax", ["s"], ["o"], {})], [1, 4]))
+    assert "'n_o' (Softmax) reads the float tensor 's'" in message
+
+
+def gelu():
+    """Ops of GELU written out, from d to o."""
+    nodes = [
+        ("Div", ["d", "root"], ["a"], {}),
+        ("Erf", ["a"], ["b"], {}),
+        ("Add", ["b", "one"], ["c"], {}),
+        ("Mul", ["d", "c"], ["e"], {}),
+        ("Mul", ["e", "half"], ["o"], {}),
+    ]
+    return nodes, [scalar("root", 2**0.5, np.float32), scalar("one", 1, np.float32), scalar("half", 0.5, np.float32)]
+
+
+def test_a_function_written_as_several_ops_is_one_table(ort_outputs):
+    nodes, constants = gelu()
+    silu = [("Sigmoid", ["d"], ["a"], {}), ("Mul", ["a", "d"], ["b"], {}), ("Relu", ["b"], ["o"], {})]
+    for found, given in ((nodes, constants), (silu, [])):
+        model = around(found, ["n", 5], given)
+        graph = qdq.read(model)
+        assert [n.op for n in graph.nodes] == ["lookup"]
+        x = np.random.default_rng(0).normal(0, 3, (200, 5)).astype(np.float32)
+        ours, theirs = graph.reference({"x": x})["y"], ort_outputs(model, {"x": x})["y"]
+        assert np.abs(ours - theirs).max() <= 1.01 * Y
+        assert (ours != theirs).mean() < 0.01
+
+
+def test_a_scale_that_changes_no_code_costs_nothing(ort_outputs):
+    model = around([("Mul", ["d", "c"], ["o"], {})], ["n", 5], [scalar("c", Y / X, np.float32)])
+    for node in model.graph.node[-2:]:
+        node.input[2] = "xz"
+    graph = qdq.read(model)
+    assert all(graph.alias(n) for n in graph.nodes)
+    x = np.random.default_rng(0).normal(0, 3, (50, 5)).astype(np.float32)
+    np.testing.assert_array_equal(graph.reference({"x": x})["y"], ort_outputs(model, {"x": x})["y"])
 
 
 def test_float_output_is_named():
