@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from .common.errors import PlanishError
 from .common.progress import track
 from .compress.quantize import knapsack
 from .export import c as c_format
-from .export import narrow, qdq
+from .export import narrow, patches, qdq
 from .export.artifact import Artifact
 from .export.format import Source
 from .export.graph import Graph
@@ -35,6 +36,8 @@ ROUNDS = 4
 """choices tried at most: code size and padding are only known once a choice is built"""
 SETS = ((8, 4), (8, 2), (8, 4, 2))
 """widths that are tried together: every width brings code of its own"""
+ROOM = 1 << 24
+"""bytes of a memory without limit"""
 SAMPLES = 4
 """golden samples that the loss of a layer is measured on"""
 WEIGHTS = np.geomspace(1e-3, 1e3, 13)
@@ -65,6 +68,8 @@ class Cost:
     """cycles at the high end, or instructions, by layer"""
     weights: Mapping[str, int]
     """bytes of constants by layer"""
+    patches: Mapping[str, Any] | None = None
+    """how the first layers run in patches, where they do"""
 
     def over(self, budget: Budget) -> list[str]:
         """What exceeds the budget, in words."""
@@ -118,56 +123,52 @@ def fit(source: Source, target: Target, budget: Budget) -> tuple[Source, dict[st
 
     Raises PlanishError when no choice keeps it: the closest plan, and what it lacks.
     """
-    limited(target, budget)
+    device = limited(target, budget)
     golden = {k: v[:SAMPLES] for k, v in source.golden_inputs.items()}
-    whole = qdq.read(source.onnx)
-    measure = _Bench(source.name, target, golden)
-    before = measure(whole)
+    graph = qdq.read(source.onnx)
+    before = measure(graph, source.name, roomy(target, ram=True), golden)
     if budget.latency_ms is not None and before.latency_ms is None:
         raise PlanishError(f"--budget: latency cannot be estimated for '{target.name}' (no clock or no cycle model)")
-    graph, patched = _patched(whole, target, budget, before, measure)
-    start = before if graph is whole else measure(graph)
-    if not start.over(budget):
-        return replace(source, graph=graph), _report(whole, graph, golden, before, start, patched)
-    chosen, after = _narrowed(graph, start, golden, budget, measure)
-    return replace(source, graph=chosen), _report(whole, chosen, golden, before, after, patched)
+    start = before
+    if budget.ram is not None and before.ram > budget.ram:  # then the project is written in patches, if that helps
+        try:
+            start = measure(graph, source.name, roomy(device, ram=False), golden)
+        except PlanishError as error:
+            raise PlanishError(f"{_missing([before], budget, 'in patches neither')}; {error}") from None
+
+    def build(changed: Graph) -> Cost:
+        return measure(changed, source.name, roomy(device, ram=False), golden)
+
+    chosen, after = (graph, start) if not start.over(budget) else _narrowed(graph, start, golden, budget, build)
+    return replace(source, graph=chosen), _report(graph, chosen, golden, before, after)
 
 
-class _Bench:
-    """Builds graphs for the device and measures them in the emulator."""
-
-    def __init__(self, name: str, target: Target, golden: Mapping[str, np.ndarray]) -> None:
-        self.name, self.golden = name, golden
-        # the device's memories without limit: a network that is too large is measured all the same, to say by how much
-        assert target.flash is not None
-        assert target.ram is not None
-        room = {"flash": target.flash, "ram": target.ram}
-        roomy = {k: Memory(origin=m.origin, length=max(m.length, 1 << 24)) for k, m in room.items()}
-        self.target = target.model_copy(update=roomy)
-
-    def __call__(self, graph: Graph) -> Cost:
-        with tempfile.TemporaryDirectory() as scratch:
-            folder = Path(scratch)
-            warnings: list[str] = []
-            facts, flash, ram = c_format.write_project(graph, self.name, self.target, self.golden, folder, warnings)
-            if warnings or flash is None or ram is None:
-                raise PlanishError(f"--budget needs a compiler and an emulator: {'; '.join(warnings)}")
-            artifact = Artifact(folder, {"format": "c", "target": self.target.name})
-            with Emulator().open(artifact, 1) as session:
-                found = session.profile(self.golden, 1, 0)
-        cycles = {x.name: float(x.cycles[1] if x.cycles else x.instructions or 0) for x in found.layers}
-        weights = {x["name"]: int(x["bytes"]) for x in facts["layers"]}
-        latency = None if found.latency_estimate_ms is None else found.latency_estimate_ms[1]
-        return Cost(flash, ram, latency, cycles, weights)
+def roomy(target: Target, ram: bool) -> Target:
+    """The target with more flash (and RAM) than it has: a network that is too large is measured all the same, to say by how much."""
+    assert target.flash is not None
+    assert target.ram is not None
+    larger = {"flash": target.flash} | ({"ram": target.ram} if ram else {})
+    return target.model_copy(update={k: Memory(origin=m.origin, length=max(m.length, ROOM)) for k, m in larger.items()})
 
 
-def _patched(
-    graph: Graph, target: Target, budget: Budget, before: Cost, measure: Callable[[Graph], Cost]
-) -> tuple[Graph, dict[str, Any] | None]:
-    """The graph with its first stages in patches where RAM is short."""
-    if budget.ram is None or before.ram <= budget.ram:
-        return graph, None
-    raise PlanishError(_missing([before], budget, "narrower weights do not change RAM"))
+def measure(graph: Graph, name: str, target: Target, golden: Mapping[str, np.ndarray]) -> Cost:
+    """Build a graph for the device and run it in the emulator."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        facts, flash, ram = c_format.write_project(graph, name, target, golden, folder, [])
+        if flash is None or ram is None or not facts["toolchain"]:
+            raise PlanishError("--budget needs a compiler: pip install 'planish[mcu]'")
+        with Emulator().open(Artifact(folder, {"format": "c", "target": target.name}), 1) as session:
+            found = session.profile(golden, 1, 0)
+    cycles: Counter[str] = Counter()
+    for x in found.layers:
+        cycles[patches.original(x.name)] += x.cycles[1] if x.cycles else x.instructions or 0
+    weights: dict[str, int] = {}
+    for x in facts["layers"]:
+        layer = patches.original(x["name"])  # patches of a layer share its constants
+        weights[layer] = max(weights.get(layer, 0), int(x["bytes"]))
+    latency = None if found.latency_estimate_ms is None else found.latency_estimate_ms[1]
+    return Cost(flash, ram, latency, cycles, weights, facts.get("patches"))
 
 
 def _narrowed(
@@ -291,21 +292,14 @@ def _missing(tried: Sequence[Cost], budget: Budget, why: str) -> str:
     )
 
 
-def _report(
-    whole: Graph,
-    chosen: Graph,
-    golden: Mapping[str, np.ndarray],
-    before: Cost,
-    after: Cost,
-    patched: dict[str, Any] | None,
-) -> dict[str, Any]:
+def _report(whole: Graph, chosen: Graph, golden: Mapping[str, np.ndarray], before: Cost, after: Cost) -> dict[str, Any]:
     """What was traded: widths by layer, patches, figures before and after, and how far the outputs moved."""
-    widths = {n.name: narrow.bits(n) for n in chosen.nodes if n.op in narrow.OPS and "@" not in n.name}
     original = {n.name: narrow.bits(n) for n in whole.nodes if n.op in narrow.OPS}
+    widths = {n.name: narrow.bits(n) for n in chosen.nodes if n.op in narrow.OPS}
     want, got = whole.reference(golden), chosen.reference(golden)
     return {
-        "narrowed": {k: w for k, w in widths.items() if w < original.get(k, 8)},
-        "patches": patched,
+        "narrowed": {k: w for k, w in widths.items() if w < original[k]},
+        "patches": after.patches,
         "before": {"flash_bytes": before.flash, "ram_bytes": before.ram, "latency_ms": before.latency_ms},
         "after": {"flash_bytes": after.flash, "ram_bytes": after.ram, "latency_ms": after.latency_ms},
         "output_error": float(np.sqrt(_distance(got, want))),

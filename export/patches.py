@@ -28,6 +28,8 @@ WINDOWS = ("conv2d", "depthwise_conv2d", "max_pool", "average_pool")
 POINTWISE = ("add", "mul", "clamp", "lookup", "rescale", "concat")
 LOCAL = (*WINDOWS, *POINTWISE, "pad", "slice")
 """ops whose output pixels depend on a window of input pixels"""
+PATCH = " patch "
+"""between a layer's name and the row and column of its patch"""
 MOST_PATCHES = 144
 FINALISTS = 6
 """candidates whose memory is planned in full; the others are ranked by an estimate"""
@@ -180,6 +182,11 @@ def _reads(node: Node, axis: int, span: Span) -> Span:
     return begin, end
 
 
+def original(name: str) -> str:
+    """The layer that a node computes a patch of; any other name as it is."""
+    return name.partition(PATCH)[0]
+
+
 def split(stage: Stage, grid: tuple[int, int]) -> Graph:
     """The graph with the stage in rows x columns patches; all its other tensors, its inputs and outputs are the same."""
     graph = stage.graph
@@ -188,7 +195,7 @@ def split(stage: Stage, grid: tuple[int, int]) -> Graph:
     before: Tensor | None = None
     patches = stage.patches(grid)
     for i, patch in enumerate(patches):
-        mark = f"patch {i // grid[1]}.{i % grid[1]}"
+        mark = f"{PATCH}{i // grid[1]}.{i % grid[1]}"
         boxes = stage.boxes(patch)
         tensors: dict[str, Tensor] = dict(stage.inputs)
         held: dict[str, Box] = {t.name: Box((0, t.shape[2]), (0, t.shape[3])) for t in tensors.values()}
@@ -199,19 +206,19 @@ def split(stage: Stage, grid: tuple[int, int]) -> Graph:
                 source, wanted = tensors[tensor.name], needs(node, box, tensor)
                 if wanted != held[tensor.name]:
                     slot = f"{tensor.name} for {node.name} {k}"
-                    made.append(_cut(source, held[tensor.name], wanted, f"{slot} {mark}", slot, whole_rows))
+                    made.append(_cut(source, held[tensor.name], wanted, f"{slot}{mark}", slot, whole_rows))
                     source = made[-1].output
                 inputs.append(source)
             name = node.output.name
-            output = replace(node.output, name=f"{name} {mark}", shape=box.shape(node.output.shape[1]))
-            made.append(_on_patch(node, f"{node.name} {mark}", tuple(inputs), output, box))
+            output = replace(node.output, name=f"{name}{mark}", shape=box.shape(node.output.shape[1]))
+            made.append(_on_patch(node, f"{node.name}{mark}", tuple(inputs), output, box))
             tensors[name], held[name] = output, box
         block = tensors[stage.output.name]
         last = i == len(patches) - 1
-        after = stage.output if last else replace(stage.output, name=f"{stage.output.name} after {mark}")
+        after = stage.output if last else replace(stage.output, name=f"{stage.output.name} after{mark}")
         given = (block,) if before is None else (block, before)
         first = patch.rows[0], patch.columns[0]
-        made.append(Node("paste", f"{stage.output.name} {mark} paste", given, after, {"first": first}))
+        made.append(Node("paste", f"{stage.output.name}{mark} paste", given, after, {"first": first}))
         before = after
     inside = {n.name for n in stage.nodes}
     return replace(graph, nodes=(*made, *(n for n in graph.nodes if n.name not in inside)))
