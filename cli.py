@@ -35,6 +35,7 @@ Length = Annotated[int | None, typer.Option("--length", min=2, help="Tokens of a
 Weights = Annotated[Path | None, typer.Option("--weights", "-w", help="Weights for a factory: .safetensors, .pt, .pth or .th.")]  # fmt: skip
 Inputs = Annotated[list[str] | None, typer.Option("--input", "-i", help="Input of a factory's model: name=1,3,32,32 (needed without --data).")]  # fmt: skip
 RuntimeName = Annotated[str | None, typer.Option("--runtime", help="Runtime to use instead of the target's own.")]
+On = Annotated[str | None, typer.Option("--on", help="A device instead of this machine: serial://PORT, a board with the artifact's serial firmware (`make serial`).")]  # fmt: skip
 Threads = Annotated[int, typer.Option("--threads", min=1, help="CPU threads.")]
 ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="file.py:factory, package.module:factory, .pt2, .onnx, an int8 .tflite, a Hugging Face folder or a compressed folder.")]  # fmt: skip
 INTERRUPTED = "interrupted; no output was written"
@@ -174,6 +175,7 @@ def export(
 def profile(
     artifact: ArtifactPath,
     runtime: RuntimeName = None,
+    on: On = None,
     runs: Annotated[int, typer.Option(min=1, help="Inferences that are timed.")] = 100,
     warmup: Annotated[int, typer.Option(min=0, help="Inferences before, not counted.")] = 10,
     threads: Threads = 1,
@@ -182,7 +184,7 @@ def profile(
     """Measure latency, memory and layers of an artifact, after checking its answers."""
     from . import pipeline
 
-    report = pipeline.profile(artifact, runtime=runtime, runs=runs, warmup=warmup, threads=threads)
+    report = pipeline.profile(artifact, runtime=_place(runtime, on), runs=runs, warmup=warmup, threads=threads)
     if as_json:
         return _json(report)
     facts = _table("", report["kind"], title=f"{artifact} for {report['target']}")
@@ -200,7 +202,8 @@ def profile(
         facts.add_row(key, str(value))
     _print(facts)
     if report["layers"]:
-        measured = "instructions" if "instructions" in report["layers"][0] else "ms"
+        first = report["layers"][0]
+        measured = next((k for k in ("instructions", "measured_cycles") if k in first), "ms")
         moved = [k for k in ("loads", "stores") if k in report["layers"][0]]
         layers = _table("layer", "op", "MACs", measured, *moved, title="layers")
         for row in report["layers"]:
@@ -218,6 +221,7 @@ def run(
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Outputs by name, .npz.")],
     runtime: RuntimeName = None,
+    on: On = None,
     threads: Threads = 1,
     force: Force = False,
     as_json: Json = False,
@@ -231,7 +235,7 @@ def run(
     if output.suffix != ".npz":
         raise PlanishError(f"output '{output}' is written as .npz; give it that suffix")
     files.check_output(output, force)
-    answers = pipeline.run(artifact, input, runtime=runtime, threads=threads)
+    answers = pipeline.run(artifact, input, runtime=_place(runtime, on), threads=threads)
     with files.new_file(output, force) as path:
         np.savez(path, **answers)  # pyright: ignore[reportArgumentType] - stubs take the names for options
     shapes = {name: list(value.shape) for name, value in answers.items()}
@@ -339,11 +343,17 @@ def inspect(
 
 
 @app.command()
-def verify(artifact: ArtifactPath, runtime: RuntimeName = None, threads: Threads = 1, as_json: Json = False) -> None:
+def verify(
+    artifact: ArtifactPath,
+    runtime: RuntimeName = None,
+    on: On = None,
+    threads: Threads = 1,
+    as_json: Json = False,
+) -> None:
     """Check an artifact's hashes and replay its golden inputs; exit 1 when the answers are wrong."""
     from . import pipeline
 
-    report = pipeline.verify(artifact, runtime=runtime, threads=threads)
+    report = pipeline.verify(artifact, runtime=_place(runtime, on), threads=threads)
     if as_json:
         _json(report)
     else:
@@ -439,6 +449,13 @@ def _usage(error: Any) -> str:
 def _fail(message: str, code: int) -> None:
     print("error: " + " ".join(message.split()), file=sys.stderr)
     sys.exit(code)
+
+
+def _place(runtime: str | None, on: str | None) -> str | None:
+    """Where to run: a runtime by name, or a device by its address."""
+    if runtime is not None and on is not None:
+        raise PlanishError("--runtime and --on both say where to run; give one")
+    return on or runtime
 
 
 def _inputs(texts: list[str] | None) -> dict[str, Input] | None:

@@ -39,7 +39,7 @@ from .export import cost, metadata
 from .export.artifact import Artifact
 from .export.format import Format, Source, Written
 from .export.lowering import lowered, to_onnx
-from .runtimes import measure, ort
+from .runtimes import measure, ort, serial_line
 from .runtimes.session import Profile, Runtime, Session
 from .targets import target as targets
 from .targets.target import Target
@@ -217,7 +217,7 @@ def export(
 
 
 def verify(artifact: Path, *, runtime: str | None = None, threads: int = 1) -> dict[str, Any]:
-    """Check every file's hash and replay the golden inputs on the runtime.
+    """Check every file's hash and replay the golden inputs on the runtime; here and below also an address, serial://PORT.
 
     Returns {ok, exact, max_error, bound, runtime, hashes}; `max_error` is the largest absolute difference of an output to the
     answers that the artifact carries, `bound` the difference that its format allows.
@@ -727,8 +727,14 @@ def _worst(got: Mapping[str, np.ndarray], want: Mapping[str, np.ndarray]) -> flo
 
 
 def _open(item: Artifact, name: str, threads: int) -> Session:
-    """The artifact in the runtime called `name`."""
-    runtime = plugins.create(f"{__package__}.runtimes", Runtime, name, "runtime")
+    """The artifact in the runtime called `name`, or on the device that an address like serial:///dev/ttyACM0 names."""
+    if "://" in name:
+        if not name.startswith(serial_line.SCHEME):
+            raise PlanishError(f"'{name}' is no device that is reached from here; serial://PORT is accepted")
+        runtime: Runtime = serial_line.SerialLine(name)
+        name = "serial_line"
+    else:
+        runtime = plugins.create(f"{__package__}.runtimes", Runtime, name, "runtime")
     if item.format not in runtime.formats:
         raise PlanishError(
             f"runtime '{name}' runs {listed(runtime.formats)}; artifact '{item.folder}' has format '{item.format}'"

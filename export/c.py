@@ -19,7 +19,7 @@ from ..common import files
 from ..common.errors import PlanishError
 from ..kernels import layout
 from ..targets.target import Target
-from . import c_project, firmware, memory_picture, onnx, patches, qdq
+from . import c_project, firmware, memory_picture, onnx, patches, qdq, serial
 from .c_project import Border, CArray, Project
 from .format import Format, Source, Written
 from .graph import Graph
@@ -238,6 +238,7 @@ def _write_sources(project: Project, target: Target, golden: Mapping[str, np.nda
     }
     flags = {"gcc_flags": "", "zig_flags": ""}
     if target.flash is not None:
+        line = {"baud": serial.BAUD, "chunk": serial.CHUNK, "id": ""}
         flags = {
             "gcc_flags": " ".join(firmware.gcc_flags(target)),
             "zig_flags": " ".join([*firmware.flags(target), "-fno-sanitize=all"]),
@@ -246,11 +247,17 @@ def _write_sources(project: Project, target: Target, golden: Mapping[str, np.nda
             "firmware/main.c": ("main.c.jinja", {}),
             "firmware/startup.c": ("startup.c.jinja", {}),
             f"firmware/{target.name}.ld": ("target.ld.jinja", {}),
+            "firmware/board.h": ("board.h.jinja", line),
+            "firmware/serial.c": ("serial.c.jinja", line),
         }
+        if target.uart is not None:
+            outputs[f"firmware/board_{target.uart.driver}.c"] = (f"board_{target.uart.driver}.c.jinja", line)
     outputs |= {f"kernels/{i.file}": ("instance.c.jinja", {"instance": i}) for i in project.instances}
     outputs |= {"Makefile": ("Makefile.jinja", flags), "CMakeLists.txt": ("CMakeLists.txt.jinja", flags)}
     for path, (template, extra) in outputs.items():
         (folder / path).parent.mkdir(exist_ok=True)
+        if "id" in extra:  # the model's own files are written by now
+            extra["id"] = serial.identity(folder, name)
         text = environment.get_template(template).render(**common, **extra)
         (folder / path).write_text(text, encoding="utf-8", newline="\n")
     for file in [*project.included, *project.kernel_sources]:

@@ -43,6 +43,8 @@ class Layer:
     """taken branches, calls and returns"""
     cycles: tuple[int, int] | None = None
     """least and most, by the core's model"""
+    measured_cycles: int | None = None
+    """by the core's own counter"""
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,8 @@ class Profile:
     stores: int | None = None
     branches: int | None = None
     """words read and written, and taken branches, as in `Layer`"""
+    cycles: int | None = None
+    """measured by the core's own counter"""
     cycles_estimate: tuple[int, int] | None = None
     """least and most cycles by the core's model (runtimes/cycles.py)"""
     latency_estimate_ms: tuple[float, float] | None = None

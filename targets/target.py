@@ -35,6 +35,22 @@ class Power(pydantic.BaseModel):
     """the datasheet's figure and its conditions"""
 
 
+class Uart(pydantic.BaseModel):
+    """The serial line of a board, as the generated firmware drives it after reset."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
+    driver: Literal["cmsdk"]
+    """the file export/c_templates/board_<driver>.c.jinja"""
+    title: str
+    """which UART of which board, and where its document says so"""
+    base: int
+    """address of its registers"""
+    clock_hz: int
+    """of the UART after reset"""
+    core_hz: int
+    """of the core after reset"""
+
+
 class Target(pydantic.BaseModel):
     """A device: its core, its memories, and what planish does for it when the user names nothing else."""
 
@@ -52,6 +68,7 @@ class Target(pydantic.BaseModel):
     wait_states: int | None = None
     """cycles that a read from flash waits at `clock_hz` where neither cache nor prefetch has it; None: not known"""
     power: Power | None = None
+    uart: Uart | None = None
     flash: Memory | None = None
     ram: Memory | None = None
     channel_multiple: int
