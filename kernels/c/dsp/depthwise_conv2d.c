@@ -23,13 +23,13 @@ enum {
 /* One channel. Its rows lie in a ring, slot = row % KERNEL_HEIGHT; for kernel rows to meet them in order, the weights of the
  * rows follow each other almost twice, and a row of outputs begins among them where its top row's slot says. */
 typedef struct {
-    int32_t bias[2]; /* twice the same */
-    float rescale;
-    uint32_t end;  /* address in slot 0 where the windows of the last whole four outputs end */
-    uint32_t rest; /* outputs after that, 0 to 3 */
-    uint32_t rows; /* address of slot 0 */
-    int32_t step; /* between outputs */
+    uint32_t start_low, start_high; /* what sum * factor is added to, 64 bits; with a float factor: bias, and nothing */
+    uint32_t end;                   /* address in slot 0 where the windows of the last whole four outputs end */
+    uint32_t rest;                  /* outputs after that, 0 to 3 */
     int32_t zero_point;
+    uint32_t rows; /* address of slot 0 */
+    int32_t step;  /* between outputs */
+    int32_t factor;
     uint32_t weight[TURNS * PAIRS];
 } channel_t;
 
@@ -40,7 +40,8 @@ static inline uint32_t tap_of(const uint32_t *weight, uint32_t tap)
     return weight[tap];
 #else
     enum { EACH = 8 / WEIGHT_BITS, MASK = 0x01010101 * ((1 << WEIGHT_BITS) - 1), HALF = 0x01010101 << (WEIGHT_BITS - 1) };
-    return planish_subtract_bytes(weight[tap / EACH] >> tap % EACH * WEIGHT_BITS & MASK, HALF);
+    uint32_t codes = planish_subtract_bytes(weight[tap / EACH] >> tap % EACH * WEIGHT_BITS & MASK, HALF);
+    return WEIGHT_BITS == 2 ? codes << 2 & 0xFCFCFCFCu : codes; /* bias and factor of 2-bit weights are made for 4 times them */
 #endif
 }
 
@@ -158,9 +159,12 @@ static PLANISH_APART void load(const planish_dsp_depthwise_conv2d_layer *l, int3
     }
     PLANISH_ROLLED
     for (i = 0; i < count; i++) {
-        channel[i].bias[0] = l->bias[c + i];
-        channel[i].bias[1] = l->bias[c + i];
-        channel[i].rescale = l->rescale[c + i];
+        int32_t factor = (int32_t)l->factor[c + i], bias = l->bias[c + i];
+        int64_t start = factor < 0 ? (int64_t)(uint32_t)bias
+                                   : (int64_t)bias * factor + (int64_t)(2 * l->y_zero_point + 1) * 2147483648LL;
+        channel[i].start_low = (uint32_t)start;
+        channel[i].start_high = (uint32_t)(start >> 32);
+        channel[i].factor = factor;
     }
 }
 
@@ -226,65 +230,61 @@ static PLANISH_APART void expand(const planish_dsp_depthwise_conv2d_layer *l, co
     && SATURATE < 2 && 2 * ROW_BYTES + 16 <= 1020
 
 /* r0 to r5: weights (w0, w1), (w1, w2) of each row; r6, r7: codes; r8, r9: sums; r10: slot 0 at the window; r11: output;
- * r12: step; lr: zero point; s0, s1: bias; s2: rescale */
+ * r12: step; lr: factor */
 #define AT(slot, byte) "[r10, #" TEXT(slot * ROW_BYTES + byte) "]\n"
-#define TAPS_OF_ONE(slot, byte, first, second) \
-    "ldrd r6, r7, " AT(slot, byte) \
-    "smlad r8, r6, " first ", r8\n" \
-    "smlabt r8, r7, " second ", r8\n"
 #if COLUMN_STRIDE == 1
-#define TAPS_OF_TWO(slot, byte, first, second) \
-    TAPS_OF_ONE(slot, byte, first, second) \
+#define TOP_SECOND(byte) "smultb r9, r6, r0\n" "smlad r9, r7, r1, r9\n"
+#define NEXT_SECOND(slot, byte, first, second) \
     "smlatb r9, r6, " first ", r9\n" \
     "smlad r9, r7, " second ", r9\n"
 #else
-#define TAPS_OF_TWO(slot, byte, first, second) \
-    TAPS_OF_ONE(slot, byte, first, second) \
+#define TOP_SECOND(byte) "ldr r6, " AT(0, byte + 8) "smuad r9, r7, r0\n" "smlabt r9, r6, r1, r9\n"
+#define NEXT_SECOND(slot, byte, first, second) \
     "ldr r6, " AT(slot, byte + 8) \
     "smlad r9, r7, " first ", r9\n" \
     "smlabt r9, r6, " second ", r9\n"
 #endif
+#define TOP_ROW(byte) \
+    "ldrd r6, r7, " AT(0, byte) \
+    "smuad r8, r6, r0\n" \
+    "smlabt r8, r7, r1, r8\n"
+#define NEXT_ROW(slot, byte, first, second) \
+    "ldrd r6, r7, " AT(slot, byte) \
+    "smlad r8, r6, " first ", r8\n" \
+    "smlabt r8, r7, " second ", r8\n"
+#define TWO_SUMS(byte) \
+    TOP_ROW(byte) TOP_SECOND(byte) \
+    NEXT_ROW(1, byte, "r2", "r3") NEXT_SECOND(1, byte, "r2", "r3") \
+    NEXT_ROW(2, byte, "r4", "r5") NEXT_SECOND(2, byte, "r4", "r5")
+#define ONE_SUM TOP_ROW(0) NEXT_ROW(1, 0, "r2", "r3") NEXT_ROW(2, 0, "r4", "r5")
 #if SATURATE == 0
-#define CODE(sum) "ssat " sum ", #8, " sum "\n"
+#define SATURATED(code) "ssat " code ", #8, " code "\n"
 #else
-#define CODE(sum) "usat " sum ", #7, " sum "\n"
+#define SATURATED(code) "usat " code ", #7, " code "\n"
 #endif
-#define TWO_OUTPUTS(byte) \
-    "vmov r8, r9, s0, s1\n" \
-    TAPS_OF_TWO(0, byte, "r0", "r1") \
-    TAPS_OF_TWO(1, byte, "r2", "r3") \
-    TAPS_OF_TWO(2, byte, "r4", "r5") \
-    "vmov s6, s7, r8, r9\n" \
+/* s0, s1: start */
+#define CODE(sum, place) \
+    "vmov r6, r7, s0, s1\n" \
+    "smlal r6, r7, " sum ", lr\n" \
+    SATURATED("r7") \
+    "strb r7, " place "\n"
+/* s0: bias, s5: factor, lr: zero point */
+#define FLOAT_CODE(sum, place) \
+    "vmov r6, s0\n" \
+    "add r6, r6, " sum "\n" \
+    "vmov s6, r6\n" \
     "vcvt.f32.s32 s6, s6\n" \
-    "vcvt.f32.s32 s7, s7\n" \
-    "vmul.f32 s6, s6, s2\n" \
-    "vmul.f32 s7, s7, s2\n" \
+    "vmul.f32 s6, s6, s5\n" \
     "vcvtr.s32.f32 s6, s6\n" \
-    "vcvtr.s32.f32 s7, s7\n" \
-    "vmov r8, r9, s6, s7\n" \
-    "add r8, r8, lr\n" \
-    "add r9, r9, lr\n" \
-    CODE("r8") \
-    CODE("r9") \
-    "strb r8, [r11]\n" \
-    "strb r9, [r11, r12]\n" \
-    "add r11, r11, r12, lsl #1\n"
-#define ONE_OUTPUT \
-    "vmov r8, s0\n" \
-    TAPS_OF_ONE(0, 0, "r0", "r1") \
-    TAPS_OF_ONE(1, 0, "r2", "r3") \
-    TAPS_OF_ONE(2, 0, "r4", "r5") \
-    "vmov s6, r8\n" \
-    "vcvt.f32.s32 s6, s6\n" \
-    "vmul.f32 s6, s6, s2\n" \
-    "vcvtr.s32.f32 s6, s6\n" \
-    "vmov r8, s6\n" \
-    "add r8, r8, lr\n" \
-    CODE("r8") \
-    "strb r8, [r11]\n"
+    "vmov r7, s6\n" \
+    "add r7, r7, lr\n" \
+    SATURATED("r7") \
+    "strb r7, " place "\n"
+#define TWO_OUTPUTS(byte) TWO_SUMS(byte) CODE("r8", "[r11]") CODE("r9", "[r11, r12]") "add r11, r11, r12, lsl #1\n"
 
-/* One row of outputs of `count` channels; `turn`: bytes from a channel's weights to those that slot 0 meets. s8: channel,
- * s9: its output, s10: turn, s11: end of the channels. r7 may be a frame pointer, which no clobber may name: it is saved here. */
+/* One row of outputs of `count` channels; `turn`: bytes from a channel's weights to those that slot 0 meets. s2: end, s3: rest,
+ * s4: zero point, s8: channel, s9: its output, s10: turn, s11: end of the channels. r7 may be a frame pointer, which no clobber
+ * may name: it is saved here. */
 static PLANISH_APART void convolve(const planish_dsp_depthwise_conv2d_layer *l, const int8_t *rows,
                                    const channel_t *channel, int32_t count, int32_t turn, int8_t *y)
 {
@@ -297,37 +297,57 @@ static PLANISH_APART void convolve(const planish_dsp_depthwise_conv2d_layer *l, 
     __asm__ volatile(
         "push {r7}\n"
         "vmov s10, s11, r9, r1\n"
-        "5:\n"
+        "1:\n" /* a channel */
         "vmov s8, s9, r0, r11\n"
         "vldm r0!, {s0-s4}\n"
         "ldm r0!, {r10, r12, lr}\n"
         "vmov r9, s10\n"
         "add r9, r9, r0\n"
         "ldm r9, {r0-r5}\n"
-        "b 2f\n"
-        "1:\n" TWO_OUTPUTS(0) TWO_OUTPUTS(4 * COLUMN_STRIDE)
-        "add r10, r10, #" TEXT(8 * COLUMN_STRIDE) "\n"
-        "2:\n"
-        "vmov r6, s3\n"
-        "cmp r10, r6\n"
-        "bne 1b\n"
-        "vmov r6, s4\n"
-        "lsls r6, r6, #31\n" /* carry: two are left; not zero: one is */
-        "bcc 3f\n" TWO_OUTPUTS(0)
+        "cmp lr, #0\n"
+        "bge 5f\n"
+        "bic lr, lr, #0x80000000\n"
+        "vmov s5, lr\n"
+        "vmov lr, s4\n"
+        "vmov r6, r7, s2, s3\n"
+        "tst r7, #2\n"
+        "it ne\n"
+        "addne r6, r6, #" TEXT(4 * COLUMN_STRIDE) "\n"
+        "vmov s2, r6\n"
+        "b 3f\n"
+        "2:\n" TWO_SUMS(0) FLOAT_CODE("r8", "[r11]") FLOAT_CODE("r9", "[r11, r12]")
+        "add r11, r11, r12, lsl #1\n"
         "add r10, r10, #" TEXT(4 * COLUMN_STRIDE) "\n"
         "3:\n"
-        "beq 4f\n" ONE_OUTPUT
-        "4:\n"
+        "vmov r6, r7, s2, s3\n"
+        "cmp r10, r6\n"
+        "bne 2b\n"
+        "tst r7, #1\n"
+        "beq 7f\n" ONE_SUM FLOAT_CODE("r8", "[r11]")
+        "b 7f\n"
+        "4:\n" TWO_OUTPUTS(0) TWO_OUTPUTS(4 * COLUMN_STRIDE)
+        "add r10, r10, #" TEXT(8 * COLUMN_STRIDE) "\n"
+        "5:\n"
+        "vmov r6, s2\n"
+        "cmp r10, r6\n"
+        "bne 4b\n"
+        "vmov r6, s3\n"
+        "lsls r6, r6, #31\n" /* carry: two are left; not zero: one is */
+        "bcc 6f\n" TWO_OUTPUTS(0)
+        "add r10, r10, #" TEXT(4 * COLUMN_STRIDE) "\n"
+        "6:\n"
+        "beq 7f\n" ONE_SUM CODE("r8", "[r11]")
+        "7:\n"
         "vmov r0, r11, s8, s9\n"
         "add r0, r0, %[size]\n"
         "add r11, r11, #1\n"
         "vmov r1, s11\n"
         "cmp r0, r1\n"
-        "bne 5b\n"
+        "bne 1b\n"
         "pop {r7}\n"
         : "+r"(first), "+r"(last), "+r"(weights), "+r"(out)
         : [size] "I"(sizeof(channel_t))
-        : "r2", "r3", "r4", "r5", "r6", "r8", "r10", "r12", "lr", "s0", "s1", "s2", "s3", "s4", "s6", "s7", "s8", "s9",
+        : "r2", "r3", "r4", "r5", "r6", "r8", "r10", "r12", "lr", "s0", "s1", "s2", "s3", "s4", "s5", "s6", "s8", "s9",
           "s10", "s11", "cc", "memory");
 }
 
@@ -377,11 +397,19 @@ static inline int32_t odd_row(const uint32_t *x, const uint32_t *w, int32_t sum)
 }
 #endif
 
-static inline int8_t code_of(const planish_dsp_depthwise_conv2d_layer *l, int32_t sum, float rescale)
+static inline int8_t code_of(const planish_dsp_depthwise_conv2d_layer *l, const channel_t *channel, int32_t sum)
 {
-    int32_t code = planish_nearest((float)sum * rescale) + l->y_zero_point;
     int32_t least = SATURATE == 0 ? -128 : SATURATE == 1 ? 0 : l->low;
     int32_t most = SATURATE < 2 ? 127 : l->high;
+    int32_t code;
+    if (channel->factor < 0) {
+        union { uint32_t bits; float value; } factor;
+        factor.bits = (uint32_t)channel->factor & 0x7FFFFFFFu;
+        code = planish_nearest((float)(sum + (int32_t)channel->start_low) * factor.value) + l->y_zero_point;
+    } else {
+        uint64_t start = (uint64_t)channel->start_high << 32 | channel->start_low;
+        code = (int32_t)(((int64_t)start + (int64_t)sum * channel->factor) >> 32);
+    }
     code = code < least ? least : code;
     return (int8_t)(code > most ? most : code);
 }
@@ -396,15 +424,15 @@ static PLANISH_APART void convolve(const planish_dsp_depthwise_conv2d_layer *l, 
         int8_t *out = y++;
         int32_t column, i;
         for (column = l->out_columns; column > 0; column -= 2) {
-            int32_t first = channel->bias[0], second = first;
+            int32_t first = 0, second = 0;
             for (i = 0; i < KERNEL_HEIGHT; i++) {
                 const uint32_t *row = x + i * (ROW_BYTES / 4);
                 first = even_row(row, weight + i * PAIRS, first);
                 second = odd_row(row, weight + i * PAIRS, second);
             }
-            *out = code_of(l, first, channel->rescale);
+            *out = code_of(l, channel, first);
             if (column > 1) {
-                out[channel->step] = code_of(l, second, channel->rescale);
+                out[channel->step] = code_of(l, channel, second);
             }
             x += COLUMN_STRIDE;
             out += 2 * channel->step;

@@ -11,7 +11,9 @@ typedef struct {
     int32_t row_stride, pad_top, pad_left, x_zero_point, y_zero_point, low, high;
     const uint32_t *weight; /* (channels / 4, taps), one byte a channel; narrower weights: several taps a word, low bits first */
     const int32_t *bias;    /* (channels), less x_zero_point * sum of weights */
-    const float *rescale;   /* (channels) */
+    /* (channels); below 2^31: code = (sum * factor + (2 * y_zero_point + 1) * 2^31) >> 32, else the bits of the float factor with
+     * the top bit set, for channels of which no integer gives the codes of the float formula */
+    const uint32_t *factor;
 } planish_dsp_depthwise_conv2d_layer;
 
 #endif

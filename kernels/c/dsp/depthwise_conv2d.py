@@ -12,7 +12,7 @@ import numpy as np
 
 from ... import weights, window
 from ...op import Array, Call, Node
-from .. import overlap
+from .. import multiplier, overlap
 from ..version import Version
 
 GROUP = 4
@@ -23,6 +23,10 @@ LONGEST = 2048
 """bytes of a work row at most"""
 LAYER_BYTES = 32
 """of a channel's record in the work memory, before its weights"""
+
+
+SCALE = {2: 4}
+"""what weights of a width are multiplied by: their factors would be too large for a multiplier below 2^31"""
 
 
 class DepthwiseConv2d(Version):
@@ -56,6 +60,9 @@ class DepthwiseConv2d(Version):
         scratch = GROUP * (kh * g.row_bytes + LAYER_BYTES + 4 * turns * max(kw - 1, 1))
         kernel = weight[:, 0].transpose(0, 2, 1) if g.turned else weight[:, 0]  # (c, kh, kw)
         width = _bits(weight)
+        scale = SCALE.get(width, 1)
+        bias = weights.folded_bias(node) * np.int32(scale)
+        rescale = node.constants["rescale"] / np.float32(scale)
         low, high = node.attributes["low"], node.attributes["high"]
         return Call(
             kernel="dsp_depthwise_conv2d",
@@ -69,13 +76,13 @@ class DepthwiseConv2d(Version):
             },
             arrays={
                 "weight": pack(kernel.reshape(channels, -1), width),
-                "bias": weights.folded_bias(node),
-                "rescale": node.constants["rescale"],
+                "bias": bias,
+                "factor": multiplier.words(rescale, *_sums(kernel * scale, bias), node.output.zero_point, low, high),
             },
             comments={
                 "weight": f"groups of 4 channels, kernel {kh} x {kw}{' (columns first)' if g.turned else ''}, {width} bits",
                 "bias": f"channels {channels}; with x_zero_point folded in",
-                "rescale": f"channels {channels}; x_scale * w_scale / y_scale",
+                "factor": f"channels {channels}; x_scale * w_scale / y_scale times 2^32, or a float's bits and the top bit",
             },
             scratch=scratch,
             template="dsp/depthwise_conv2d.c",
@@ -171,11 +178,19 @@ def _bits(weight: Array) -> int:
     return next(b for b in (2, 4, 8) if low >= -(1 << b - 1) and high < 1 << b - 1)
 
 
+def _sums(kernel: Array, bias: Array) -> tuple[Array, Array]:
+    """int64 (channels,) twice: the least and the most that sums with the bias can be; kernel (channels, kh, kw)."""
+    taps = kernel.reshape(len(bias), -1).astype(np.int64)
+    ends = np.stack([-128 * taps, 127 * taps])  # (2, channels, taps)
+    return bias + ends.min(axis=0).sum(axis=1), bias + ends.max(axis=0).sum(axis=1)
+
+
 def _in_reach(node: Node) -> bool:
-    """Whether no rescaled sum can leave int32, whatever the input: codes are saturated after rounding."""
-    weight = np.abs(node.constants["weight"].astype(np.float64)).reshape(len(node.constants["bias"]), -1)
-    reach = np.abs(node.constants["bias"].astype(np.float64)) + 255 * weight.sum(axis=1)
-    return bool((reach * node.constants["rescale"] < 2**30).all())
+    """Whether no sum can leave int32, scaled or not, whatever the input: codes are saturated after rounding."""
+    weight = node.constants["weight"]
+    least, most = _sums(weight[:, 0].astype(np.int64), weights.folded_bias(node).astype(np.int64))
+    reach = np.maximum(-least, most) * SCALE.get(_bits(weight), 1)
+    return bool((reach < 2**31).all() and (reach * node.constants["rescale"].astype(np.float64) < 2**30).all())
 
 
 def _overlap(node: Node) -> int:
