@@ -39,7 +39,7 @@ class Uart(pydantic.BaseModel):
     """The serial line of a board, as the generated firmware drives it after reset."""
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
-    driver: Literal["cmsdk"]
+    driver: Literal["cmsdk", "stm32f4_usart2"]
     """the file export/c_templates/board_<driver>.c.jinja"""
     title: str
     """which UART of which board, and where its document says so"""

@@ -23,8 +23,12 @@ from planish.targets import target as targets
 pytest.importorskip("serial", reason="pyserial is not installed (extra 'mcu')")
 pytest.importorskip("elftools", reason="pyelftools is not installed (extra 'mcu')")
 
-BOARDS = {"mps2-an386": "mps2-an386", "corstone-300": "mps3-an547"}
-"""targets with a UART of their own and QEMU's boards for them"""
+BOARDS = {
+    "mps2-an386": ["mps2-an386", "-serial", "pty"],
+    "corstone-300": ["mps3-an547", "-serial", "pty"],
+    "stm32f446": ["netduinoplus2", "-serial", "null", "-serial", "pty"],
+}
+"""targets with a driver for their UART, and QEMU's boards for them (an STM32F405 has the memories and the USART2 of the F446)"""
 
 
 def test_checksum():
@@ -64,19 +68,7 @@ def board(request, tiny, tmp_path_factory):
     if program is None:
         pytest.skip("qemu-system-arm is not installed")
     folder, elf = exported(tiny("residual"), tmp_path_factory.mktemp("serial") / "a", request.param)
-    command = [
-        program,
-        "-M",
-        BOARDS[request.param],
-        "-display",
-        "none",
-        "-monitor",
-        "none",
-        "-serial",
-        "pty",
-        "-icount",
-        "shift=5",
-    ]
+    command = [program, "-display", "none", "-monitor", "none", "-icount", "shift=5", "-M", *BOARDS[request.param]]
     process = subprocess.Popen(
         [*command, "-kernel", str(elf)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
