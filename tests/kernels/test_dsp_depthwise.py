@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -101,3 +102,49 @@ def test_output_lies_in_the_place_of_the_input(bench: Any, tmp_path: Path) -> No
         made = bench.on_device(node, [inputs], TARGET, tmp_path / str(stride))
         np.testing.assert_array_equal(made.codes[0], ops()[node.op].reference(node, *inputs))
         assert made.arena_bytes <= 24 * 24 * 8 + call.scratch + (0 if stride == 1 else 12 * 8)
+
+
+def chain(bench: Any, widths: tuple[int, ...], stride: int) -> list[Node]:
+    """Layers whose activations have these widths, the first one's input included; the second layer has the stride."""
+    rng = np.random.default_rng(9)
+    found: list[Node] = []
+    size = (9, 10)
+    for i, (before, after) in enumerate(itertools.pairwise(widths)):
+        step = stride if i == 1 else 1
+        node = bench.node_of("depthwise_conv2d", bench.convolution(rng, 8, 8, size, group=8, stride=step))
+        x = replace(
+            node.inputs[0], name=f"x{i}", bits=before, zero_point=int(rng.integers(-1 << before - 1, 1 << before - 1))
+        )
+        if found:
+            x = found[-1].output
+        least, most = -(1 << after - 1), (1 << after - 1) - 1
+        zero_point = int(rng.integers(least // 2, 1))
+        scale = node.constants["rescale"] * np.float32(2.0 ** (after - before))
+        y = replace(node.output, name=f"x{i + 1}", bits=after, zero_point=zero_point)
+        low = (least, 0, zero_point)[i % 3]
+        found.append(
+            replace(
+                node,
+                name=f"n{i}",
+                inputs=(x,),
+                output=y,
+                attributes={**node.attributes, "low": low, "high": most},
+                constants={**node.constants, "rescale": scale},
+            )
+        )
+        size = y.shape[2:]
+    return found
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("width", [4, 2])
+def test_narrow_activations(width: int, stride: int, bench: Any, tmp_path: Path) -> None:
+    nodes = chain(bench, (8, width, width, width, 8), stride)
+    assert {kernel(n) for n in nodes} == {KERNEL}
+    samples = [bench.random_inputs(np.random.default_rng(s), nodes[0], 1) for s in range(2)]
+    made = bench.on_device(tuple(nodes), samples, TARGET, tmp_path)
+    for got, (codes,) in zip(made.codes, samples, strict=True):
+        for n in nodes:
+            codes = ops()[n.op].reference(n, codes)  # noqa: PLW2901
+            assert len(np.unique(codes)) > 1
+        np.testing.assert_array_equal(got, codes)

@@ -6,7 +6,9 @@
  *   WORDS      1: channels, and so all steps, are multiples of 4, and codes are read by the word
  *   ROWS_FIRST 1: row by row, all channels of a row: outputs may overwrite rows that are done;
  *              0: four channels of the whole image, then the next four: every row is brought in once
- *   SATURATE   0: codes from -128 to 127, 1: from 0 to 127, 2: as the layer says
+ *   SATURATE   0: all codes of Y_BITS, 1: all from 0 on, 2: as the layer says
+ * X_BITS and Y_BITS are the widths of the codes; below 8, WORDS is 1 (four channels end with a byte). Narrow outputs of a row are
+ * gathered as bytes behind the channels' records first.
  */
 #include "dsp/depthwise_conv2d.h"
 #include "dsp/halves.h"
@@ -16,6 +18,8 @@ enum {
     TAPS = KERNEL_HEIGHT * KERNEL_WIDTH,
     PAIRS = KERNEL_WIDTH > 1 ? KERNEL_WIDTH - 1 : 1, /* words of a kernel row: (w0, w1), (w1, w2), ... */
     TURNS = ROWS_FIRST ? KERNEL_HEIGHT : 2 * KERNEL_HEIGHT - 1,
+    LEAST = -(1 << (Y_BITS - 1)),
+    MOST = (1 << (Y_BITS - 1)) - 1,
     PLANE = KERNEL_HEIGHT * ROW_BYTES,       /* bytes of one channel's rows */
     WEIGHT_WORDS = (TAPS * WEIGHT_BITS + 7) / 8 /* of four channels */
 };
@@ -56,13 +60,19 @@ static inline void spread(int8_t *to, int32_t step, uint32_t a, uint32_t b)
     planish_store_word(to + 3 * step, planish_high_halves(odd_a, odd_b));
 }
 
+/* codes of four channels at a column */
+static inline uint32_t codes_of(const int8_t *x)
+{
+    return planish_unpack_four(x, X_BITS);
+}
+
 #define TEXT(...) TEXT_OF(__VA_ARGS__)
 #define TEXT_OF(...) #__VA_ARGS__
 
 /* `spread` of 4 * `times` columns that are `step` bytes apart, times > 0 */
 static inline void spread_fours(int8_t *to, const int8_t *x, int32_t step, int32_t times)
 {
-#if defined(__ARM_FEATURE_DSP) && 3 * KERNEL_HEIGHT * ROW_BYTES <= 1020
+#if defined(__ARM_FEATURE_DSP) && 3 * KERNEL_HEIGHT * ROW_BYTES <= 1020 && X_BITS == 8
     register const int8_t *from __asm__("r0") = x;
     register int32_t apart __asm__("r1") = step;
     register int8_t *place __asm__("r2") = to;
@@ -104,7 +114,7 @@ static inline void spread_fours(int8_t *to, const int8_t *x, int32_t step, int32
 #else
     PLANISH_ROLLED
     for (times *= 2; times > 0; times--) {
-        spread(to, PLANE, planish_load_word(x), planish_load_word(x + step));
+        spread(to, PLANE, codes_of(x), codes_of(x + step));
         x += 2 * step;
         to += 4;
     }
@@ -125,7 +135,7 @@ static void prepare(const planish_dsp_depthwise_conv2d_layer *l, int8_t *rows, c
         channel[i].rows = (uint32_t)(uintptr_t)(rows + i * PLANE); /* of use on 32-bit cores only */
         channel[i].end = channel[i].rows + (uint32_t)l->out_columns / 4 * (8 * COLUMN_STRIDE);
         channel[i].rest = (uint32_t)l->out_columns & 3u;
-        channel[i].step = l->out_column_step;
+        channel[i].step = Y_BITS == 8 ? l->out_column_step : GROUP;
         channel[i].zero_point = l->y_zero_point;
     }
 }
@@ -189,7 +199,7 @@ static PLANISH_APART void expand(const planish_dsp_depthwise_conv2d_layer *l, co
     x += row * l->in_row_step;
     to += l->pad_left / 2 * 4; /* the padding before it and behind is there already */
     if (l->pad_left % 2) {
-        spread(to, PLANE, zero, planish_load_word(x));
+        spread(to, PLANE, zero, codes_of(x));
         x += step;
         to += 4;
         columns--;
@@ -203,7 +213,7 @@ static PLANISH_APART void expand(const planish_dsp_depthwise_conv2d_layer *l, co
     }
     PLANISH_ROLLED
     for (; columns > 0; columns -= 2) {
-        spread(to, PLANE, planish_load_word(x), columns > 1 ? planish_load_word(x + step) : zero);
+        spread(to, PLANE, codes_of(x), columns > 1 ? codes_of(x + step) : zero);
         x += 2 * step;
         to += 4;
     }
@@ -258,9 +268,9 @@ static PLANISH_APART void expand(const planish_dsp_depthwise_conv2d_layer *l, co
     NEXT_ROW(2, byte, "r4", "r5") NEXT_SECOND(2, byte, "r4", "r5")
 #define ONE_SUM TOP_ROW(0) NEXT_ROW(1, 0, "r2", "r3") NEXT_ROW(2, 0, "r4", "r5")
 #if SATURATE == 0
-#define SATURATED(code) "ssat " code ", #8, " code "\n"
+#define SATURATED(code) "ssat " code ", #" TEXT(Y_BITS) ", " code "\n"
 #else
-#define SATURATED(code) "usat " code ", #7, " code "\n"
+#define SATURATED(code) "usat " code ", #" TEXT(Y_BITS) " - 1, " code "\n"
 #endif
 /* s0, s1: start */
 #define CODE(sum, place) \
@@ -399,8 +409,8 @@ static inline int32_t odd_row(const uint32_t *x, const uint32_t *w, int32_t sum)
 
 static inline int8_t code_of(const planish_dsp_depthwise_conv2d_layer *l, const channel_t *channel, int32_t sum)
 {
-    int32_t least = SATURATE == 0 ? -128 : SATURATE == 1 ? 0 : l->low;
-    int32_t most = SATURATE < 2 ? 127 : l->high;
+    int32_t least = SATURATE == 0 ? LEAST : SATURATE == 1 ? 0 : l->low;
+    int32_t most = SATURATE < 2 ? MOST : l->high;
     int32_t code;
     if (channel->factor < 0) {
         union { uint32_t bits; float value; } factor;
@@ -444,6 +454,25 @@ static PLANISH_APART void convolve(const planish_dsp_depthwise_conv2d_layer *l, 
 
 #endif
 
+/* one row of outputs, wherever and however wide they are stored */
+static inline void outputs(const planish_dsp_depthwise_conv2d_layer *l, const int8_t *rows, const channel_t *channel,
+                           int32_t count, int32_t turn, int8_t *y)
+{
+#if Y_BITS == 8
+    convolve(l, rows, channel, count, turn, y);
+#else
+    int8_t *codes = (int8_t *)(uintptr_t)(channel + GROUP); /* (out_columns, 4) */
+    int32_t column;
+    convolve(l, rows, channel, count, turn, codes);
+    PLANISH_ROLLED
+    for (column = 0; column < l->out_columns; column++) {
+        planish_pack_four(y, planish_load_word(codes), Y_BITS);
+        codes += GROUP;
+        y += l->out_column_step;
+    }
+#endif
+}
+
 void PLANISH_KERNEL(const planish_dsp_depthwise_conv2d_layer *l, const int8_t *x, int8_t *y, int8_t *scratch)
 {
     channel_t *channel = (channel_t *)(void *)(scratch + GROUP * PLANE);
@@ -456,27 +485,27 @@ void PLANISH_KERNEL(const planish_dsp_depthwise_conv2d_layer *l, const int8_t *x
             load(l, c, count, channel);
             PLANISH_ROLLED
             for (i = 0; i < KERNEL_HEIGHT; i++) {
-                expand(l, x + c, row * l->row_stride + i, count, scratch + i * ROW_BYTES);
+                expand(l, x + c * X_BITS / 8, row * l->row_stride + i, count, scratch + i * ROW_BYTES);
             }
-            convolve(l, scratch, channel, count, 0, y + c);
+            outputs(l, scratch, channel, count, 0, y + c * Y_BITS / 8);
         }
         y += l->out_row_step;
     }
 #else
     for (c = 0; c < l->channels; c += GROUP) {
         int32_t count = l->channels - c < GROUP ? l->channels - c : GROUP;
-        int8_t *out = y + c, *slot = scratch;
+        int8_t *out = y + c * Y_BITS / 8, *slot = scratch;
         int32_t turn = 0;
         load(l, c, count, channel);
         PLANISH_ROLLED
         for (i = 0; i + 1 < KERNEL_HEIGHT; i++) {
-            expand(l, x + c, i, count, slot);
+            expand(l, x + c * X_BITS / 8, i, count, slot);
             slot += ROW_BYTES;
         }
         for (row = 0; row < l->out_rows; row++) {
-            expand(l, x + c, row + KERNEL_HEIGHT - 1, count, slot);
+            expand(l, x + c * X_BITS / 8, row + KERNEL_HEIGHT - 1, count, slot);
             slot = slot + ROW_BYTES < scratch + PLANE ? slot + ROW_BYTES : scratch;
-            convolve(l, scratch, channel, count, turn, out);
+            outputs(l, scratch, channel, count, turn, out);
             turn = turn > 0 ? turn - PAIRS * 4 : (KERNEL_HEIGHT - 1) * PAIRS * 4;
             out += l->out_row_step;
         }

@@ -4,7 +4,7 @@
 
 #include "planish.h"
 
-/* Rows and columns may be exchanged (the kernel's too): a row is what the inner loop runs along. Steps are in codes. */
+/* Rows and columns may be exchanged (the kernel's too): a row is what the inner loop runs along. Steps are in bytes. */
 typedef struct {
     int32_t in_rows, in_columns, out_rows, out_columns, channels;
     int32_t in_row_step, in_column_step, out_row_step, out_column_step;

@@ -40,11 +40,12 @@ class DepthwiseConv2d(Version):
         shape = window.of(node)
         weight = node.constants["weight"]  # (c, 1, kh, kw)
         channels = node.inputs[0].shape[1]
+        bits = node.inputs[0].bits, node.output.bits
         if (
             len(weight) != channels
             or node.constants["weight_zero_point"].any()
             or shape.dilation != (1, 1)
-            or max(node.inputs[0].bits, node.output.bits) != 8
+            or (min(bits) < 8 and channels % GROUP)
             or not _in_reach(node)
         ):
             return None
@@ -58,12 +59,14 @@ class DepthwiseConv2d(Version):
         kh, kw = g.kernel
         turns = kh if rows_first else 2 * kh - 1
         scratch = GROUP * (kh * g.row_bytes + LAYER_BYTES + 4 * turns * max(kw - 1, 1))
+        scratch += 0 if bits[1] == 8 else GROUP * g.out[1]
         kernel = weight[:, 0].transpose(0, 2, 1) if g.turned else weight[:, 0]  # (c, kh, kw)
         width = _bits(weight)
         scale = SCALE.get(width, 1)
         bias = weights.folded_bias(node) * np.int32(scale)
         rescale = node.constants["rescale"] / np.float32(scale)
         low, high = node.attributes["low"], node.attributes["high"]
+        largest = (1 << bits[1] - 1) - 1
         return Call(
             kernel="dsp_depthwise_conv2d",
             sources=(),
@@ -92,13 +95,15 @@ class DepthwiseConv2d(Version):
                 "COLUMN_STRIDE": g.stride[1],
                 "ROW_BYTES": g.row_bytes,
                 "WEIGHT_BITS": width,
+                "X_BITS": bits[0],
+                "Y_BITS": bits[1],
                 "WORDS": int(channels % GROUP == 0),
                 "ROWS_FIRST": int(rows_first),
-                "SATURATE": {(-128, 127): 0, (0, 127): 1}.get((low, high), 2),
+                "SATURATE": {(-largest - 1, largest): 0, (0, largest): 1}.get((low, high), 2),
             },
             headers=("dsp/depthwise_conv2d.h",),
             overlap=_overlap(node) if rows_first else None,
-            in_place=(0,) if not rows_first and node.inputs[0].shape == node.output.shape and g.pads[0] < kh else (),
+            in_place=(0,) if not rows_first and _same_place(node) and g.pads[0] < kh else (),
         )
 
 
@@ -117,8 +122,9 @@ class _Geometry:
         self.pads = shape.pads[:2][order]
         self.size = (height, width)[order]
         self.out = (out_height, out_width)[order]
-        self.steps = (width * channels, channels)[order]
-        self.out_steps = (out_width * channels, channels)[order]
+        bits = node.inputs[0].bits, node.output.bits
+        self.steps = tuple(s * bits[0] // 8 for s in (width * channels, channels))[order]
+        self.out_steps = tuple(s * bits[1] // 8 for s in (out_width * channels, channels))[order]
 
     @property
     def row_bytes(self) -> int:
@@ -193,8 +199,13 @@ def _in_reach(node: Node) -> bool:
     return bool((reach < 2**31).all() and (reach * node.constants["rescale"].astype(np.float64) < 2**30).all())
 
 
+def _same_place(node: Node) -> bool:
+    """Whether every output lies where its channel's input of the same position does."""
+    return node.inputs[0].shape == node.output.shape and node.inputs[0].bits == node.output.bits
+
+
 def _overlap(node: Node) -> int:
     """Bytes by which the output must precede the input: a row of outputs is written before its windows are all read."""
     _, channels, rows, columns = node.output.shape
     row = np.arange(rows)
-    return overlap.least((row + 1) * columns * channels, overlap.needed(node)[row * columns])
+    return overlap.least((row + 1) * columns * channels * node.output.bits // 8, overlap.needed(node)[row * columns])

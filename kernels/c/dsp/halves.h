@@ -109,6 +109,43 @@ static inline uint32_t planish_subtract_bytes(uint32_t a, uint32_t b)
 #endif
 }
 
+/* four codes of `bits` 8, 4 or 2, stored in that many bits from a whole byte on, as four bytes; 8 bits: p is a multiple of 4 */
+static inline uint32_t planish_unpack_four(const int8_t *p, int32_t bits)
+{
+    const uint8_t *byte = (const uint8_t *)p;
+    uint32_t v;
+    if (bits == 8) {
+        return planish_load_word(p);
+    }
+    if (bits == 4) {
+        v = byte[0] | (uint32_t)byte[1] << 16;
+        v = (v | v << 4) & 0x0F0F0F0Fu;
+        return planish_subtract_bytes(v ^ 0x08080808u, 0x08080808u);
+    }
+    v = byte[0];
+    v = (v | v << 12) & 0x000F000Fu;
+    v = (v | v << 6) & 0x03030303u;
+    return planish_subtract_bytes(v ^ 0x02020202u, 0x02020202u);
+}
+
+/* the reverse */
+static inline void planish_pack_four(int8_t *p, uint32_t codes, int32_t bits)
+{
+    if (bits == 8) {
+        planish_store_word(p, codes);
+    } else if (bits == 4) {
+        codes &= 0x0F0F0F0Fu;
+        codes |= codes >> 4;
+        p[0] = (int8_t)codes;
+        p[1] = (int8_t)(codes >> 16);
+    } else {
+        codes &= 0x03030303u;
+        codes |= codes >> 6;
+        codes |= codes >> 12;
+        p[0] = (int8_t)codes;
+    }
+}
+
 /* sum of both products of halves, and c */
 static inline int32_t planish_dot(uint32_t a, uint32_t b, int32_t c)
 {
