@@ -54,6 +54,17 @@ def call_of(
     outputs, kh, kw, depth = weight.shape
     x_bits, y_bits = node.inputs[0].bits, node.output.bits
     pointwise = shape.kernel == (1, 1) and shape.pads == (0, 0, 0, 0) and groups == 1
+    geometry = {
+        "in_height": x[1],
+        "in_width": x[2],
+        "in_channels": x[0],
+        "out_height": y[1],
+        "out_width": y[2],
+        "out_channels": outputs,
+        "groups": groups,
+        **shape.fields(),
+        "x_zero_point": node.inputs[0].zero_point,
+    }
     whole = depth * x_bits % (8 * UNIT) == 0
     if (groups > 1 and (not whole or y_bits < 8)) or (not whole and x_bits < 8):
         return None
@@ -73,8 +84,9 @@ def call_of(
             [pieces[..., :split].reshape(outputs, -1), pieces[..., split:].reshape(outputs, -1)], axis=1
         )
         streams = packing.pack(node, rows)
-        gather = {"POINTWISE": 0, "SEGMENT": segment, "SEGMENTS": segments, "KERNEL_HEIGHT": kh}
-        work = BLOCK * rows.shape[1]
+        gather = {"POINTWISE": 0, "SEGMENT": segment, "SEGMENTS": segments}
+        gather |= {name.upper(): value for name, value in geometry.items() if name != "groups"}
+        work = BLOCK * UNIT * streams.units
     limits = (node.attributes["low"], node.attributes["high"])
     staged = limits != (-128, 127) or y_bits < 8 or outputs // groups % GROUP > 0
     return Call(
@@ -84,15 +96,7 @@ def call_of(
         headers=("dsp/conv2d.h",),
         defines={**defines(node, streams, staged), **gather},
         fields={
-            "in_height": x[1],
-            "in_width": x[2],
-            "in_channels": x[0],
-            "out_height": y[1],
-            "out_width": y[2],
-            "out_channels": outputs,
-            "groups": groups,
-            **shape.fields(),
-            "x_zero_point": node.inputs[0].zero_point,
+            **geometry,
             "y_zero_point": node.output.zero_point,
             "low": limits[0],
             "high": limits[1],

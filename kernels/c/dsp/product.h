@@ -49,11 +49,15 @@ PLANISH_PRODUCT(2);
 #define PLANISH_JOIN(A, B) A##B
 #define PLANISH_NAME(A, B) PLANISH_JOIN(A, B)
 
-/* Codes of 8, 4 or 2 bits to pairs: words words of a and of b, interleaved as above. a and b are multiples of 4. Returns the end.
+/* Codes of 8, 4 or 2 bits to pairs: `words` words of a and of b, interleaved as above, then `step` bytes further on those of the
+ * next row, for `rows` rows. a and b are multiples of 4. Returns the end.
  * A word of 4-bit codes gives the pairs (0, 4), (1, 5), (2, 6), (3, 7) of each column, one of 2-bit codes (0, 8) to (7, 15); their
  * zero is moved: 8 or 2 is added. */
-uint32_t *planish_expand_8(const int8_t *a, const int8_t *b, uint32_t *pairs, int32_t words);
-uint32_t *planish_expand_4(const int8_t *a, const int8_t *b, uint32_t *pairs, int32_t words);
-uint32_t *planish_expand_2(const int8_t *a, const int8_t *b, uint32_t *pairs, int32_t words);
+#define PLANISH_EXPAND(BITS)                                                                                     \
+    uint32_t *planish_expand_##BITS(const int8_t *a, const int8_t *b, uint32_t *pairs, int32_t words, int32_t rows, \
+                                    int32_t step)
+PLANISH_EXPAND(8);
+PLANISH_EXPAND(4);
+PLANISH_EXPAND(2);
 
 #endif
