@@ -5,6 +5,7 @@
 #include <stdint.h>
 
 #if defined(__ARM_FEATURE_MVE)
+#include <arm_mve.h>
 
 static inline void copy_bytes(int8_t *to, const int8_t *from, int32_t size)
 {

@@ -13,6 +13,10 @@ from . import stream
 
 WINDOWS = 3
 """output pixels that are computed together"""
+CONSTANT = 64
+"""longest run of bytes that code is compiled for; longer ones gain little"""
+SPARE = 16
+"""bytes after the windows, into which whole vectors are stored"""
 
 
 class Conv2d(Version):
@@ -51,7 +55,7 @@ def call_of(
         sources=(),
         template="mve/conv2d.c",
         headers=("mve/conv2d.h",),
-        defines={**({"PLANISH_POINTWISE": 1} if pointwise else {}), **defines(node, packed.bits, outputs)},
+        defines={**_windows(shape, depth), **defines(node, packed.bits, outputs)},
         fields={
             "in_height": x[1],
             "in_width": x[2],
@@ -68,9 +72,21 @@ def call_of(
         },
         arrays={"weight": words},
         comments={"weight": f"out {outputs}, kernel {kh} x {kw}, in {depth}; packed, with bias and rescale"},
-        scratch=0 if pointwise else WINDOWS * -(-rows.shape[1] // 4) * 4,
+        scratch=0 if pointwise else WINDOWS * -(-rows.shape[1] // 4) * 4 + SPARE,
         overlap=distance,
     )
+
+
+def _windows(shape: Window, depth: int) -> dict[str, int]:
+    """How windows are gathered."""
+    if is_pointwise(shape):
+        return {"PLANISH_POINTWISE": 1}
+    rows, columns = shape.kernel
+    run, step = columns * depth, shape.stride[1] * depth
+    if columns > 1 and shape.dilation[1] > 1:
+        return {"PLANISH_FORM": 0, "PLANISH_DILATED": 1}
+    form = 1 if run == 4 else 2 if run < 16 and rows <= 4 else 3 if run <= CONSTANT else 0
+    return {"PLANISH_FORM": form, **({"PLANISH_ROWS": rows, "PLANISH_RUN": run, "PLANISH_STEP": step} if form else {})}
 
 
 def defines(node: Node, bits: int, outputs: int) -> dict[str, int]:
