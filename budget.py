@@ -22,7 +22,7 @@ from .common.errors import PlanishError
 from .common.progress import track
 from .compress.quantize import knapsack
 from .export import c as c_format
-from .export import narrow, patches, qdq
+from .export import c_project, memory, narrow, patches, qdq
 from .export.artifact import Artifact
 from .export.format import Source
 from .export.graph import Graph
@@ -129,18 +129,27 @@ def fit(source: Source, target: Target, budget: Budget) -> tuple[Source, dict[st
     before = measure(graph, source.name, roomy(target, ram=True), golden)
     if budget.latency_ms is not None and before.latency_ms is None:
         raise PlanishError(f"--budget: latency cannot be estimated for '{target.name}' (no clock or no cycle model)")
-    start = before
-    if budget.ram is not None and before.ram > budget.ram:  # then the project is written in patches, if that helps
-        try:
-            start = measure(graph, source.name, roomy(device, ram=False), golden)
-        except PlanishError as error:
-            raise PlanishError(f"{_missing([before], budget, 'in patches neither')}; {error}") from None
 
-    def build(changed: Graph) -> Cost:
+    def build(changed: Graph) -> Cost:  # in patches where whole maps do not fit
         return measure(changed, source.name, roomy(device, ram=False), golden)
 
+    start = before
+    if budget.ram is not None and before.ram > budget.ram:
+        found = patches.choose(
+            graph, lambda g: c_project.calls_of(g, target.features), budget.ram - _beside(before, graph, target)
+        )
+        if found is not None:
+            start = measure(found.graph, source.name, roomy(target, ram=True), golden)
+        if start.ram > budget.ram:
+            raise PlanishError(_missing([before, start], budget, "the first layers in patches or not"))
+        start = build(graph)
     chosen, after = (graph, start) if not start.over(budget) else _narrowed(graph, start, golden, budget, build)
     return replace(source, graph=chosen), _report(graph, chosen, golden, before, after)
+
+
+def _beside(cost: Cost, graph: Graph, target: Target) -> int:
+    """Bytes of RAM besides the arena."""
+    return cost.ram - memory.of(graph, c_project.calls_of(graph, target.features)).plan.arena
 
 
 def roomy(target: Target, ram: bool) -> Target:
