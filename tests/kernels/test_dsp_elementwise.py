@@ -71,7 +71,7 @@ def test_integer_factors_are_found_for_ordinary_scales() -> None:
         a, b = np.exp(rng.uniform(-4, -2.5, 2))
         zero_points = tuple(int(z) for z in rng.integers(-128, 128, 3))
         node = addition((a, b, max(a, b) * rng.uniform(0.8, 1.7)), (zero_points[0], zero_points[1], zero_points[2]))
-        assert dsp_add.search(node) is not None
+        assert dsp_add.search(node, dsp_add.SHIFT) is not None
 
 
 def test_sum_lies_in_the_place_of_an_operand(bench: Any, tmp_path: Path) -> None:
@@ -84,3 +84,44 @@ def test_sum_lies_in_the_place_of_an_operand(bench: Any, tmp_path: Path) -> None
     made = bench.on_device(node, [inputs], TARGET, tmp_path)
     np.testing.assert_array_equal(made.codes[0], ops()["add"].reference(node, *inputs))
     assert made.arena_bytes == 2 * node.output.size
+
+
+def between(bench: Any, rng: np.random.Generator, x: Tensor, y: Tensor) -> Node:
+    """A layer that makes `y` of `x`, (1, 8, 5, 3), and uses all its codes."""
+    node = bench.node_of("depthwise_conv2d", bench.convolution(rng, 8, 8, (5, 3), (1, 1), pads=(0, 0, 0, 0), group=8))
+    bounds = {"low": -1 << y.bits - 1, "high": (1 << y.bits - 1) - 1}
+    sums = 128.0 * np.abs(node.constants["weight"].reshape(-1).astype(np.int32)) * 2.0 ** (x.bits - y.bits)
+    constants = {**node.constants, "bias": np.zeros(8, np.int32), "rescale": (200 / (sums + 1)).astype(np.float32)}
+    return replace(
+        node,
+        name=f"{x.name}_{y.name}",
+        inputs=(x,),
+        output=y,
+        attributes={**node.attributes, **bounds},
+        constants=constants,
+    )
+
+
+@pytest.mark.parametrize("widths", [(4, 4, 4), (2, 2, 2), (4, 2, 8), (8, 8, 2), (2, 8, 4)])
+def test_add_of_narrow_activations(widths: tuple[int, int, int], bench: Any, tmp_path: Path) -> None:
+    rng = np.random.default_rng(sum(widths))
+
+    def tensor(name: str, bits: int = 8) -> Tensor:
+        scale = np.float32(rng.uniform(0.03, 0.06) * 2.0 ** (8 - bits))
+        return Tensor(name, (1, 8, 5, 3), scale, int(rng.integers(-2, 2)), bits)
+
+    a, b, y = (tensor(n, w) for n, w in zip("aby", widths, strict=True))
+    bounds = {"low": -1 << y.bits - 1, "high": (1 << y.bits - 1) - 1}
+    attributes = {"scales": (a.scale, b.scale), "zero_points": (a.zero_point, b.zero_point), **bounds}
+    node = Node("add", "add", (a, b), y, {"swapped": False, "repeat": "same", **attributes})
+    call = version.choose(ops(), node, targets.load(TARGET).features)
+    assert call.kernel == "dsp_add_narrow"
+    assert call.overlap == max(0, y.bytes - a.bytes)
+    first, second = (between(bench, rng, tensor(f"in_{t.name}"), t) for t in (a, b))
+    last = between(bench, rng, y, tensor("out"))
+    inputs = [bench.random_inputs(rng, n, 1)[0] for n in (first, second)]
+    made = bench.on_device((first, second, node, last), [inputs], TARGET, tmp_path)
+    operands = [ops()[n.op].reference(n, x) for n, x in zip((first, second), inputs, strict=True)]
+    total = ops()["add"].reference(node, *operands)
+    assert len(np.unique(total)) > 2
+    np.testing.assert_array_equal(made.codes[0], ops()[last.op].reference(last, total))

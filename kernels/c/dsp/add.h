@@ -21,6 +21,8 @@ typedef struct {
 
 void planish_dsp_add_constant(const planish_dsp_add_constant_layer *layer, const int8_t *a, int8_t *y);
 
+typedef planish_dsp_add_layer planish_dsp_add_narrow_layer; /* of dsp/add_narrow.c */
+
 typedef planish_add_layer planish_dsp_add_float_layer;
 typedef planish_add_constant_layer planish_dsp_add_float_constant_layer;
 
