@@ -69,11 +69,13 @@ def _fit(weight: Array, width: int) -> tuple[Array, Array]:
     """Codes, and the step per output (out,) with the least squared error, for int8 codes (out, ...)."""
     low, high = -(1 << width - 1), (1 << width - 1) - 1
     rows = weight.reshape(len(weight), -1).astype(np.float32)  # (out, k)
-    reach = np.maximum(np.abs(rows).max(axis=1), 1) / max(high, 1)  # (out,)
+    reach = np.maximum(
+        np.abs(rows).max(axis=1) / high, 1
+    )  # (out,); a step below 1 would gain nothing and enlarge the bias
     best = np.full(len(rows), np.inf, np.float32)
     step = reach.astype(np.float32)
     for trial in TRIALS:
-        found = (reach * trial).astype(np.float32)
+        found = np.maximum(reach * trial, 1).astype(np.float32)
         restored = np.clip(np.rint(rows / found[:, None]), low, high) * found[:, None]
         error = np.square(restored - rows).sum(axis=1)
         step, best = np.where(error < best, found, step), np.minimum(error, best)
