@@ -133,6 +133,10 @@ def export(
         str | None,
         typer.Option(help="Microcontrollers: what the device may spend, e.g. flash=256K,ram=64K,latency=20ms."),
     ] = None,
+    package: Annotated[
+        list[str] | None,
+        typer.Option(help="Format c: add an Arduino library ('arduino') or a Zephyr module ('zephyr'); Make and CMake are always there."),
+    ] = None,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
@@ -148,6 +152,7 @@ def export(
         weights=weights,
         inputs=_inputs(input),
         budget=budget,
+        package=package or (),
         force=force,
     )
     if as_json:

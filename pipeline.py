@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from .compress.model import Input, Model, Text, predict
 from .compress.passes import Context
 from .export import accuracy as accuracy_levels
 from .export import artifact as artifacts
-from .export import cost, metadata
+from .export import cost, metadata, packages
 from .export.artifact import Artifact
 from .export.format import Format, Source, Written
 from .export.lowering import lowered, to_onnx
@@ -178,12 +178,13 @@ def export(
     weights: Path | None = None,
     inputs: Mapping[str, Input] | None = None,
     budget: str | None = None,
+    package: Sequence[str] = (),
     force: bool = False,
 ) -> dict[str, Any]:
     """Write the artifact of a compressed model, an ONNX file (float or QDQ), an int8 .tflite file or any other MODEL for a device.
 
     `budget`, e.g. 'flash=256K,ram=64K,latency=20ms', is for microcontrollers: weights are narrowed and first stages cut into patches
-    until the network keeps it. Returns the keys of `planish export --json`. Raises PlanishError, having written nothing.
+    until the network keeps it. `package` adds the sources of format c as an 'arduino' library or a 'zephyr' module. Returns the keys of `planish export --json`. Raises PlanishError, having written nothing.
     """
     files.check_output(output, force)
     _keep_source(model, output)
@@ -193,6 +194,7 @@ def export(
     limits = budgets.parse(budget) if budget else None
     if limits is not None and kind != "c":
         raise PlanishError(f"--budget is for format c, in which the network itself is fitted; '{kind}' was asked for")
+    packages.check(package, kind)
     samples = load_data(data) if data else None
     with tempfile.TemporaryDirectory() as scratch:
         source, origin = _source(model, weights, inputs, samples, Path(scratch))
@@ -201,6 +203,7 @@ def export(
             device = budgets.limited(device, limits)
         with files.new_folder(output, force) as folder:
             written = writer.write(source, device, folder)
+            packages.write(package, folder, device, __version__)
             manifest = _finish(folder, source, origin, device, kind, written)
             proof = _on_device(folder, manifest, device) if device.kind == "mcu" and kind == "c" else {}
     return {
