@@ -1,146 +1,183 @@
-/* Convolution, dense, two pixels at a time (pairs.h). Constants: TAPS of a chunk (2, 4, 8), ONE_SIDED and CLAMPED (requantize.h),
- * EXTRA (there are extra chunks), SKIPS (chunks are no multiple of the unrolled loop), GATHER: how the windows are read,
- * 0: a 1 x 1 kernel without padding, 1: whole chunks of one pixel's channels, 2: byte by byte, through scratch.
+/* The outputs of two pixels (pairs.h), for one kind of weights. Constants: WEIGHT_BITS and TAPS of a chunk (8 bits: 2, 4 or 8;
+ * 4 bits: 8; 2 bits: 16), EXTRA (there are extra chunks), SKIPS (chunks are no multiple of UNROLL), and those of code.h.
  */
 #include "armv6m/conv2d.h"
-#include "armv6m/pairs.h"
+
+#define CHUNK_WORDS (TAPS + 1)
+#define CHUNK_BYTES (TAPS * WEIGHT_BITS / 8)
+#if TAPS == 2
+#define UNROLL 8
+#define CHUNK_CODE 20 /* bytes of CHUNK's instructions */
+#define EXPAND planish_armv6m_expand_8x2
+#elif TAPS == 4
+#define UNROLL 8
+#define CHUNK_CODE 32
+#define EXPAND planish_armv6m_expand_8x4
+#elif TAPS == 16
+#define UNROLL 2
+#define CHUNK_CODE 110
+#define EXPAND planish_armv6m_expand_2x16
+#else
+#define UNROLL 4
+#define CHUNK_CODE 58
+#if WEIGHT_BITS == 8
+#define EXPAND planish_armv6m_expand_8x8
+#else
+#define EXPAND planish_armv6m_expand_4x8
+#endif
+#endif
 
 void PLANISH_KERNEL(const planish_armv6m_conv2d_layer *l, const int8_t *x, int8_t *y, int8_t *scratch);
 
-typedef struct {
-    int32_t row, column, top, left; /* output position, and where its window begins in the image */
-} place_t;
+#if defined(__ARM_ARCH_6M__)
+#define LOW 52 /* of planish_pairs */
+#define HIGH 56
+#include "armv6m/code.h"
 
-static inline void step(const planish_armv6m_conv2d_layer *l, place_t *p)
-{
-    p->column++;
-    p->left += l->stride_width;
-    if (p->column == l->out_width) {
-        p->column = 0;
-        p->left = -l->pad_left;
-        p->row++;
-        p->top += l->stride_height;
-    }
-}
+/* r0 words, r1 weights, r3 sum; r2, r4 to r7 free; r8 second, r9 both */
+#define SPLIT "add r9, r3\n asrs r3, r3, #16\n add r8, r3\n"
+#if WEIGHT_BITS == 8
+#define TAP(x, k) "ldrb r2, [r1, #" #k "]\n muls " x ", r2\n adds r3, " x "\n"
+#if TAPS == 2
+#define CHUNK(k) "ldmia r0!, {r3, r4, r5}\n" TAP("r4", 2*k) TAP("r5", 2*k+1) SPLIT
+#elif TAPS == 4
+#define CHUNK(k)                                                                                                       \
+    "ldmia r0!, {r3, r4, r5, r6, r7}\n" TAP("r4", 4*k) TAP("r5", 4*k+1) TAP("r6", 4*k+2) TAP("r7", 4*k+3) SPLIT
+#else
+#define CHUNK(k)                                                                                                       \
+    "ldmia r0!, {r3, r4, r5, r6, r7}\n" TAP("r4", 8*k) TAP("r5", 8*k+1) TAP("r6", 8*k+2) TAP("r7", 8*k+3)               \
+    "ldmia r0!, {r4, r5, r6, r7}\n" TAP("r4", 8*k+4) TAP("r5", 8*k+5) TAP("r6", 8*k+6) TAP("r7", 8*k+7) SPLIT
+#endif
+#else
+#define TAP(x) "muls " x ", r2\n adds r3, " x "\n"
+#define NEXT(x) "lsrs r2, r2, #" TEXT(WEIGHT_BITS) "\n" TAP(x)
+#define FOUR "ldmia r0!, {r4, r5, r6, r7}\n" NEXT("r4") NEXT("r5") NEXT("r6") NEXT("r7")
+#define BEGIN(k)                                                                                                       \
+    "ldmia r0!, {r3, r4, r5, r6, r7}\n ldr r2, [r1, #4*" #k "]\n" TAP("r4") NEXT("r5") NEXT("r6") NEXT("r7") FOUR
+#if TAPS == 8
+#define CHUNK(k) BEGIN(k) SPLIT
+#else
+#define CHUNK(k) BEGIN(k) FOUR FOUR SPLIT
+#endif
+#endif
+#if UNROLL == 8
+#define CHUNKS CHUNK(0) CHUNK(1) CHUNK(2) CHUNK(3) CHUNK(4) CHUNK(5) CHUNK(6) CHUNK(7)
+#elif UNROLL == 4
+#define CHUNKS CHUNK(0) CHUNK(1) CHUNK(2) CHUNK(3)
+#else
+#define CHUNKS CHUNK(0) CHUNK(1)
+#endif
 
-#if GATHER == 0
-static void gather(const planish_armv6m_conv2d_layer *l, const int8_t *x, const place_t *a, const place_t *b, int32_t *words,
-                   int8_t *fill)
-{
-    int32_t depth = l->in_channels;
-    (void)fill;
-    expand(x + (a->top * l->in_width + a->left) * depth, x + (b->top * l->in_width + b->left) * depth, words, l->chunks);
-}
-#elif GATHER == 1
-/* the pixel at a tap of a window, or the zero points that stand for the padding */
-static inline const int8_t *tap(const planish_armv6m_conv2d_layer *l, const int8_t *x, int32_t row, int32_t column,
-                                const int8_t *fill)
-{
-    if ((uint32_t)row >= (uint32_t)l->in_height || (uint32_t)column >= (uint32_t)l->in_width) {
-        return fill;
-    }
-    return x + (row * l->in_width + column) * l->in_channels;
-}
+/* entry and window in their registers */
+#define AGAIN "ldr r7, [sp, #44]\n mov lr, r7\n ldr r7, [sp, #48]\n mov r12, r7\n"
 
-static void gather(const planish_armv6m_conv2d_layer *l, const int8_t *x, const place_t *a, const place_t *b, int32_t *words,
-                   int8_t *fill)
+/* for every output: dot products, requantization, two stores */
+__attribute__((naked, noinline)) static void outputs_of(const planish_pairs *p __attribute__((unused)))
 {
-    int32_t chunks = l->in_channels / TAPS;
-    int32_t last = (l->kernel_width - 1) * l->dilation_width;
-    int32_t whole = l->dilation_width == 1 && a->left >= 0 && b->left >= 0 && a->left + last < l->in_width
-                    && b->left + last < l->in_width;
-    int32_t i, j;
-    for (i = 0; i < l->kernel_height; i++) {
-        int32_t row_a = a->top + i * l->dilation_height, row_b = b->top + i * l->dilation_height;
-        if (whole && row_a >= 0 && row_b >= 0 && row_a < l->in_height && row_b < l->in_height) {
-            words = expand(x + (row_a * l->in_width + a->left) * l->in_channels,
-                           x + (row_b * l->in_width + b->left) * l->in_channels, words, chunks * l->kernel_width);
-            continue;
-        }
-        for (j = 0; j < l->kernel_width; j++) {
-            words = expand(tap(l, x, row_a, a->left + j * l->dilation_width, fill),
-                           tap(l, x, row_b, b->left + j * l->dilation_width, fill), words, chunks);
-        }
-    }
+    __asm__(".syntax unified\n"
+            "push {r4, r5, r6, r7, lr}\n"
+            "mov r4, r8\n mov r5, r9\n mov r6, r10\n mov r7, r11\n"
+            "push {r4, r5, r6, r7}\n"
+            "sub sp, #60\n"
+            "mov r1, sp\n"
+            "ldmia r0!, {r2, r3, r4, r5, r6}\n stmia r1!, {r2, r3, r4, r5, r6}\n"
+            "ldmia r0!, {r2, r3, r4, r5, r6}\n stmia r1!, {r2, r3, r4, r5, r6}\n"
+            "ldmia r0!, {r2, r3, r4, r5, r6}\n stmia r1!, {r2, r3, r4, r5, r6}\n"
+            "mov lr, r3\n mov r12, r4\n" /* entry, window */
+            "ldmia r0!, {r2, r3, r4}\n"
+            "mov r11, r2\n mov r10, r3\n mov r1, r4\n" /* channel, words_end, weight */
+
+            "1: ldr r0, [sp, #0]\n"
+            "ldr r2, [sp, #20]\n mov r9, r2\n movs r2, #0\n mov r8, r2\n"
+#if SKIPS
+            "ldr r2, [sp, #24]\n subs r1, r1, r2\n"
+            "add pc, lr\n nop\n"
+#endif
+            "2:\n" CHUNKS "adds r1, #" TEXT(UNROLL) "*" TEXT(CHUNK_BYTES) "\n"
+            "cmp r0, r10\n beq 3f\n b 2b\n"
+            "3:\n"
+#if EXTRA
+            "ldr r7, [sp, #28]\n ldrb r0, [r7]\n adds r7, #1\n str r7, [sp, #28]\n cmp r0, #255\n bne 10f\n"
+            "4:\n"
+#endif
+            "mov r0, r8\n mov r2, r9\n lsls r3, r0, #16\n subs r2, r2, r3\n" /* r0 second, r2 first */
+            "mov r7, r11\n ldmia r7!, {r3, r4}\n mov r11, r7\n"
+            "adds r0, r3\n adds r2, r3\n"
+#if BEFORE
+            "ldr r5, [sp, #16]\n lsls r0, r5\n lsls r2, r5\n"
+#endif
+            "lsrs r6, r4, #16\n ldr r5, [sp, #12]\n ldr r3, [sp, #32]\n" /* mantissa, half, limit */
+            CODE("r2", "0") CODE("r0", "1")
+            "ldr r7, [sp, #4]\n strb r2, [r7]\n ldr r3, [sp, #8]\n strb r0, [r7, r3]\n adds r7, #1\n str r7, [sp, #4]\n"
+            "ldr r3, [sp, #40]\n cmp r3, r11\n beq 5f\n b 1b\n"
+
+            "5: add sp, #60\n"
+            "pop {r4, r5, r6, r7}\n mov r8, r4\n mov r9, r5\n mov r10, r6\n mov r11, r7\n"
+            "pop {r4, r5, r6, r7, pc}\n"
+#if EXTRA
+            "10: mov r12, r1\n mov r1, r7\n"
+            "11: movs r2, #4*" TEXT(CHUNK_WORDS) "\n muls r0, r2\n ldr r2, [sp, #0]\n adds r0, r2\n" CHUNK(0)
+            "movs r2, #1\n lsls r2, r2, #15\n mov r3, r9\n subs r3, r3, r2\n mov r9, r3\n"
+            "adds r1, #" TEXT(TAPS) "\n ldrb r0, [r1]\n adds r1, #1\n cmp r0, #255\n bne 11b\n"
+            "str r1, [sp, #28]\n mov r1, r12\n ldr r7, [sp, #48]\n mov r12, r7\n b 4b\n"
+#endif
+            SATURATED("r2", "0") SATURATED("r0", "1")
+            "220: push {r0, r1, r3, r4}\n" /* first = both - second * 2^16 + bias */
+            "mov r0, r9\n mov r1, r8\n lsls r1, r1, #16\n subs r0, r0, r1\n"
+            "bl 6f\n mov r2, r0\n pop {r0, r1, r3, r4}\n" AGAIN "b 230b\n"
+            "221: push {r1, r2, r3, r4}\n mov r0, r8\n"
+            "bl 6f\n pop {r1, r2, r3, r4}\n" AGAIN "b 231b\n"
+            "6: push {r4, lr}\n mov r1, r11\n subs r1, #8\n ldr r1, [r1]\n adds r0, r0, r1\n"
+            "mov r1, r4\n ldr r2, [sp, #60]\n bl planish_exact_code\n pop {r4, pc}\n");
 }
 #else
-static void window(const planish_armv6m_conv2d_layer *l, const int8_t *x, const place_t *p, int8_t *to)
+static const uint8_t *add_chunk(const int32_t *words, const uint8_t *weight, uint32_t *second, uint32_t *both)
 {
-    int32_t depth = l->in_channels, i, j, c;
-    for (i = 0; i < l->kernel_height; i++) {
-        int32_t row = p->top + i * l->dilation_height;
-        for (j = 0; j < l->kernel_width; j++) {
-            int32_t column = p->left + j * l->dilation_width;
-            if ((uint32_t)row < (uint32_t)l->in_height && (uint32_t)column < (uint32_t)l->in_width) {
-                const int8_t *source = x + (row * l->in_width + column) * depth;
-                for (c = 0; c < depth; c++) {
-                    *to++ = source[c];
-                }
-            } else {
-                for (c = 0; c < depth; c++) {
-                    *to++ = (int8_t)l->x_zero_point;
-                }
-            }
-        }
+    uint32_t sum = (uint32_t)words[0];
+    int32_t k;
+#if WEIGHT_BITS == 8
+    for (k = 0; k < TAPS; k++) {
+        sum += (uint32_t)words[1 + k] * weight[k];
     }
+#else
+    uint32_t packed = weight[0] | (uint32_t)weight[1] << 8 | (uint32_t)weight[2] << 16 | (uint32_t)weight[3] << 24;
+    for (k = 0; k < TAPS; k++) {
+        sum += (uint32_t)words[1 + k] * (packed >> WEIGHT_BITS * k);
+    }
+#endif
+    *both += sum;
+    *second += (uint32_t)((int32_t)sum >> 16);
+    return weight + CHUNK_BYTES;
 }
 
-static void gather(const planish_armv6m_conv2d_layer *l, const int8_t *x, const place_t *a, const place_t *b, int32_t *words,
-                   int8_t *fill)
+static void outputs_of(const planish_pairs *p)
 {
-    int32_t size = l->chunks * TAPS;
-    window(l, x, a, fill);
-    window(l, x, b, fill + size);
-    expand(fill, fill + size, words, l->chunks);
+    const int32_t *words, *channel;
+    const uint8_t *weight = p->weight, *extra = p->extra;
+    int8_t *y = p->y;
+    for (channel = p->channel; channel != p->channel_end; channel += 2) {
+        uint32_t second = 0, both = (uint32_t)p->start, first;
+        for (words = p->words; words != p->words_end; words += CHUNK_WORDS) {
+            weight = add_chunk(words, weight, &second, &both);
+        }
+#if EXTRA
+        for (; *extra != 255; both -= 32768u) {
+            words = p->words + *extra * CHUNK_WORDS;
+            extra = add_chunk(words, extra + 1, &second, &both);
+        }
+        extra++;
+#else
+        (void)extra;
+#endif
+        first = both - (second << 16);
+        y[0] = (int8_t)planish_code((int32_t)first + channel[0], (uint32_t)channel[1], p->scale);
+        y[p->y_step] = (int8_t)planish_code((int32_t)second + channel[0], (uint32_t)channel[1], p->scale);
+        y++;
+    }
 }
 #endif
 
 void PLANISH_KERNEL(const planish_armv6m_conv2d_layer *l, const int8_t *x, int8_t *y, int8_t *scratch)
 {
-    int32_t *words = (int32_t *)(void *)scratch;
-    int8_t *fill = scratch + l->chunks * CHUNK_WORDS * 4; /* codes behind the words */
-    int32_t skipped = (0 - l->chunks) & (UNROLL - 1);
-    int32_t pixels = l->out_height * l->out_width;
-    place_t a = {0, 0, -l->pad_top, -l->pad_left};
-    pairs_t p;
-    int32_t i;
-#if GATHER == 1
-    for (i = 0; i < l->in_channels; i++) {
-        fill[i] = (int8_t)l->x_zero_point;
-    }
-#elif GATHER == 2
-    for (i = 0; i < 2 * TAPS * l->chunks; i++) {
-        fill[i] = 0; /* taps that fill up the last chunk meet weights of 0 */
-    }
-#endif
-    p.words = words;
-    p.half = l->scale.half;
-    p.before = l->scale.before;
-    p.start = -(l->chunks << 15);
-    p.skipped = skipped * TAPS;
-    p.extra = l->extra;
-    p.limit = l->scale.limit;
-    p.scale = &l->scale;
-    p.channel_end = l->channel + 2 * l->out_channels;
-    p.entry = skipped * CHUNK_CODE;
-    p.window = l->scale.window;
-    p.low = l->scale.low;
-    p.high = l->scale.high;
-    p.channel = l->channel;
-    p.words_end = words + l->chunks * CHUNK_WORDS;
-    p.weight = l->weight;
-    for (i = 0; i < pixels; i += 2) {
-        place_t b = a;
-        p.y = y;
-        p.y_step = 0; /* an odd pixel at the end is computed twice */
-        if (i + 1 < pixels) {
-            step(l, &b);
-            p.y_step = l->out_channels;
-        }
-        gather(l, x, &a, &b, words, fill);
-        outputs_of(&p);
-        y += 2 * l->out_channels;
-        a = b;
-        step(l, &a);
-    }
+    planish_armv6m_convolve(l, x, y, scratch, EXPAND, outputs_of, (0 - l->chunks) & (UNROLL - 1), CHUNK_BYTES, CHUNK_CODE);
 }

@@ -33,24 +33,15 @@ class Conv2d(Version):
         shape = window.of(node)
         _, _, height, width = node.inputs[0].shape
         _, _, rows, columns = node.output.shape
-        if depth % chunks.taps:
-            gather, behind = 2, 2 * chunks.taps * chunks.count
-        elif shape.kernel == (1, 1) and shape.pads == (0, 0, 0, 0):
-            gather, behind = 0, 0
-        else:
-            gather, behind = 1, depth
+        whole = depth % chunks.taps == 0
+        padded = shape.kernel != (1, 1) or shape.pads != (0, 0, 0, 0)
+        behind = (depth if padded else 0) if whole else 2 * chunks.taps * chunks.count
         return Call(
             kernel="armv6m_conv2d",
-            sources=(requantize.SOURCE,),
+            sources=(requantize.SOURCE, "armv6m/convolve.c", "armv6m/expand.c"),
             template="armv6m/conv2d.c",
             headers=("armv6m/conv2d.h",),
-            defines={
-                "TAPS": chunks.taps,
-                **sums.scale.defines,
-                "EXTRA": int(chunks.extra is not None),
-                "SKIPS": int(chunks.count % pairs.UNROLL[chunks.taps] > 0),
-                "GATHER": gather,
-            },
+            defines={**chunks.defines, **sums.scale.defines},
             fields={
                 "in_height": height,
                 "in_width": width,
@@ -60,7 +51,10 @@ class Conv2d(Version):
                 "out_channels": outputs,
                 **shape.fields(),
                 "x_zero_point": node.inputs[0].zero_point,
+                "taps": chunks.taps,
                 "chunks": chunks.count,
+                "pixel_chunks": depth // chunks.taps if whole else 0,
+                "behind": behind,
                 "scale": sums.scale.initializer,
             },
             arrays={
@@ -69,7 +63,8 @@ class Conv2d(Version):
                 **({} if chunks.extra is None else {"extra": chunks.extra}),
             },
             comments={
-                "weight": f"out {outputs}, chunk {chunks.count}, taps {chunks.taps} of kernel {kh} x {kw}, in {depth}; plus 128",
+                "weight": f"out {outputs}, chunk {chunks.count}, taps {chunks.taps} of kernel {kh} x {kw}, in {depth}; "
+                f"{chunks.bits} bits",
                 "channel": f"out {outputs}: bias with x_zero_point folded in, word of the rescale",
                 "extra": "for every output (chunk, weights)..., 255",
             },

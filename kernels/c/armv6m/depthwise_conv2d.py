@@ -47,7 +47,7 @@ class DepthwiseConv2d(Version):
         kernel = sums.weight[:, 0].transpose(0, 2, 1) if g.turned else sums.weight[:, 0]  # (c, kh, kw)
         if not _pairs_fit(kernel):
             return None
-        width = bits(kernel)
+        width = pairs.bits(kernel)
         return Call(
             kernel="armv6m_depthwise_conv2d",
             sources=(requantize.SOURCE,),
@@ -150,12 +150,6 @@ def _pairs_fit(kernel: Array) -> bool:
     """Whether two products can always be summed within 16 bits: with two weights of -128 side by side they cannot."""
     columns = np.pad(kernel.astype(np.int16), ((0, 0), (0, 0), (0, 1)))
     return all(pairs.fits(columns[:, :, i : i + 2]).all() for i in range(kernel.shape[2]))
-
-
-def bits(weight: Array) -> int:
-    """The least of 2, 4 and 8 bits that holds all codes."""
-    low, high = int(weight.min(initial=0)), int(weight.max(initial=0))
-    return next(b for b in (2, 4, 8) if low >= -(1 << b - 1) and high < 1 << b - 1)
 
 
 def pack(rows: Array, width: int) -> Array:

@@ -8,9 +8,11 @@ import numpy as np
 
 from ...op import Array
 
-TAPS = (2, 4, 8)
-UNROLL = {2: 8, 4: 8, 8: 4}
-COST = {2: 10, 4: 16, 8: 29}
+TAPS = {8: (2, 4, 8), 4: (8,), 2: (16,)}
+"""of a chunk, by the bits of a weight; narrow weights fill one word"""
+UNROLL = {2: 8, 4: 8, 8: 4, 16: 2}
+"""chunks in the loop, by taps"""
+COST = {2: 10, 4: 16, 8: 29, 16: 55}
 """instructions of a chunk"""
 EXTRA_COST = 15
 """instructions that an extra chunk takes beside its own"""
@@ -24,16 +26,32 @@ MOST_CHUNKS = 255
 class Chunks:
     """Weights in chunks of `taps`."""
 
+    bits: int
     taps: int
     weight: Array
-    """uint8 (out, chunks * taps), plus 128"""
+    """8 bits: uint8 (out, chunks * taps), plus 128; fewer: int32 (out, chunks), plus half the range, packed"""
     extra: Array | None
     """uint8: for every output (chunk, taps weights)..., 255; None where there are none"""
 
     @property
     def count(self) -> int:
         """Chunks of an output."""
-        return self.weight.shape[1] // self.taps
+        return self.weight.shape[1] // (self.taps if self.bits == 8 else 1)
+
+    @property
+    def skips(self) -> bool:
+        """Whether the chunks are no multiple of those in the loop."""
+        return self.count % UNROLL[self.taps] > 0
+
+    @property
+    def defines(self) -> dict[str, int]:
+        """What the assembly is specialised for."""
+        return {
+            "WEIGHT_BITS": self.bits,
+            "TAPS": self.taps,
+            "EXTRA": int(self.extra is not None),
+            "SKIPS": int(self.skips),
+        }
 
 
 def fits(chunks: Array) -> Array:
@@ -43,26 +61,42 @@ def fits(chunks: Array) -> Array:
     return (127 * up + 128 * down < 1 << 15) & (128 * up + 127 * down <= 1 << 15)
 
 
+def bits(weight: Array) -> int:
+    """The least of 2, 4 and 8 bits that holds all codes."""
+    low, high = int(weight.min(initial=0)), int(weight.max(initial=0))
+    return next(b for b in (2, 4, 8) if low >= -(1 << b - 1) and high < 1 << b - 1)
+
+
 def split(rows: Array, taps: int) -> Chunks | None:
-    """Weights int8 (out, k) in chunks; None when an extra chunk would have an index beyond 254."""
-    outputs, k = rows.shape
-    count = -(-k // taps)
-    chunks = np.zeros((outputs, count * taps), np.int16)
-    chunks[:, :k] = rows
-    chunks = chunks.reshape(outputs, count, taps)
+    """Weights int8 (out, k) in chunks of 8-bit weights; None when an extra chunk would have an index beyond 254."""
+    chunks = _chunks(rows, taps)
     heavy = ~fits(chunks)
     extra: list[int] = []
-    for o in range(outputs):
+    for o in range(len(chunks)):
         for c in np.flatnonzero(heavy[o]):
             first, *others = parts(chunks[o, c])
             chunks[o, c] = first
             for other in others:
                 extra += [int(c), *(int(v) + 128 for v in other)]
         extra.append(255)
-    if heavy.any() and count > MOST_CHUNKS:
+    if heavy.any() and chunks.shape[1] > MOST_CHUNKS:
         return None
-    stored = (chunks + 128).astype(np.uint8).reshape(outputs, -1)
-    return Chunks(taps, stored, np.array(extra, np.uint8) if heavy.any() else None)
+    stored = (chunks + 128).astype(np.uint8).reshape(len(chunks), -1)
+    return Chunks(8, taps, stored, np.array(extra, np.uint8) if heavy.any() else None)
+
+
+def narrow(rows: Array, width: int) -> Chunks:
+    """Weights int8 (out, k) that hold in 4 or 2 bits, one word a chunk."""
+    (taps,) = TAPS[width]
+    chunks = _chunks(rows, taps).astype(np.int64) + (1 << width - 1)
+    words = (chunks << np.arange(0, 32, width)[:taps]).sum(axis=2)
+    return Chunks(width, taps, words.astype(np.uint32).view(np.int32), None)
+
+
+def _chunks(rows: Array, taps: int) -> Array:
+    """int16 (out, chunks, taps), filled up with zeros."""
+    filled = np.pad(rows.astype(np.int16), ((0, 0), (0, -rows.shape[1] % taps)))
+    return filled.reshape(len(rows), -1, taps)
 
 
 def parts(chunk: Array) -> list[Array]:
@@ -74,8 +108,11 @@ def parts(chunk: Array) -> list[Array]:
 
 
 def best(rows: Array) -> Chunks | None:
-    """The chunks with the fewest instructions."""
-    found = [c for c in (split(rows, taps) for taps in TAPS) if c is not None]
+    """The chunks with the fewest instructions for weights int8 (out, k)."""
+    width = bits(rows)
+    if width < 8:
+        return narrow(rows, width)
+    found = [c for c in (split(rows, taps) for taps in TAPS[8]) if c is not None]
     return min(found, key=lambda c: instructions(c, len(rows)), default=None)
 
 
