@@ -138,21 +138,35 @@ def test_all_shapes_equal_the_reference(width: int, bench: Any, tmp_path: Path) 
     check(bench, [(n,) for n in found], tmp_path)
 
 
-def test_sums_of_any_size_equal_the_reference(bench: Any, tmp_path: Path) -> None:
-    """Weights, biases or factors beyond what the quick form holds: largest weights, and -128 beside a negative one."""
+@pytest.mark.parametrize("width", [8, 4, 2])
+def test_sums_of_any_size_equal_the_reference(width: int, bench: Any, tmp_path: Path) -> None:
+    """Weights, biases or factors beyond what the quick forms hold; among 8-bit weights also -128 beside a negative one."""
     found: list[Node] = []
-    for i, node in enumerate(nodes(bench, 8)):
-        weight = node.constants["weight"]
-        for j, constants in enumerate(
-            (
-                {"weight": np.where(weight > 0, weight, -128).astype(np.int8)},
-                {"bias": node.constants["bias"] + 9_000_000, "rescale": np.full(len(weight), 1e-5, np.float32)},
-                {"rescale": node.constants["rescale"] * np.float32(1e6)},
-            )
-        ):
-            if i % 5 == j and len(weight) > 1:
-                found.append(renamed(replace(node, constants={**node.constants, **constants}), i))
-    assert sum(call(n).defines["FAR"] for n in found) > len(found) // 2
+    for i, node in enumerate(nodes(bench, width)):
+        weight, rescale = node.constants["weight"], node.constants["rescale"]
+        changed = (
+            {"rescale": rescale * np.float32(1e6)},
+            {"bias": node.constants["bias"] + 9_000_000, "rescale": np.full_like(rescale, 1e-5)},
+            {"weight": np.where(weight > 0, weight, -128).astype(np.int8)},
+        )
+        constants = changed[i % 3 if width == 8 else 0]
+        found.append(renamed(replace(node, constants={**node.constants, **constants}), i))
+    far = [n for n in found if call(n).defines["FAR"]]
+    assert len(far) > len(found) // 2
+    stored = 8 if width == 8 else 4
+    assert all(call(n).defines["WEIGHT_BITS"] == stored for n in far)
+    check(bench, [(n,) for n in found], tmp_path)
+
+
+def test_many_inputs_keep_4_bits(bench: Any, tmp_path: Path) -> None:
+    """Sums that 16 bits a number would not hold."""
+    rng = np.random.default_rng(1)
+    made = [
+        bench.node_of("fully_connected", bench.linear(rng, 3000, 4)),
+        bench.node_of("conv2d", bench.convolution(rng, 2400, 8, (2, 1), **POINT)),
+    ]
+    found = [renamed(node_in(n, 4), i) for i, n in enumerate(made)]
+    assert [(call(n).defines["WEIGHT_BITS"], call(n).defines["FAR"]) for n in found] == [(4, 1)] * 2
     check(bench, [(n,) for n in found], tmp_path)
 
 
@@ -164,6 +178,19 @@ def test_dead_channels_do_not_make_a_layer_far(bench: Any) -> None:
     assert not call(dead).defines["FAR"]
     x = bench.random_inputs(np.random.default_rng(0), dead, 1)
     assert len(np.unique(ops()["conv2d"].reference(dead, *x)[:, 1])) == 1
+
+
+def test_outputs_may_lie_over_inputs(bench: Any, tmp_path: Path) -> None:
+    """Every shape behind a layer that makes its input, which the planner then lets it overwrite as far as its overlap allows."""
+    rng = np.random.default_rng(7)
+    found: list[tuple[Node, ...]] = []
+    for i, second in enumerate(nodes(bench, 8)):
+        if second.op == "conv2d":
+            _, channels, *size = second.inputs[0].shape
+            first = bench.node_of("conv2d", bench.convolution(rng, 5, channels, tuple(size), **POINT))
+            found.append(joined(first, second, 8, 8, i))
+    assert all(call(c[1]).overlap is not None for c in found if c[1].attributes["groups"] == 1)
+    check(bench, found, tmp_path)
 
 
 @pytest.mark.parametrize(("bits", "width"), [(4, 8), (4, 4), (2, 8), (2, 2)])

@@ -33,7 +33,7 @@ static const planish_dsp_conv2d_layer shape = {
 #endif
 
 #if FAR
-#define PRODUCT planish_product_8_far
+#define PRODUCT PLANISH_NAME(PLANISH_NAME(planish_product_, WEIGHT_BITS), _far)
 #else
 #define PRODUCT PLANISH_NAME(planish_product_, WEIGHT_BITS)
 #endif

@@ -10,7 +10,7 @@
 #include "dsp/product.h"
 
 #if FAR
-#define PRODUCT planish_row_product_8_far
+#define PRODUCT PLANISH_NAME(PLANISH_NAME(planish_row_product_, WEIGHT_BITS), _far)
 #else
 #define PRODUCT PLANISH_NAME(planish_row_product_, WEIGHT_BITS)
 #endif

@@ -13,10 +13,16 @@ UNIT = 4
 """depths that are multiplied together"""
 GROUP = 4
 """outputs that are computed together"""
-POWERS = {"8": (256, 1, 256, 1), "8_far": (1, 1, 1, 1), "4": (4096, 256, 16, 1), "2": (64, 16, 4, 1)}
+POWERS = {
+    "8": (256, 1, 256, 1),
+    "8_far": (1, 1, 1, 1),
+    "4": (4096, 256, 16, 1),
+    "4_far": (16, 1, 16, 1),
+    "2": (64, 16, 4, 1),
+}
 """by form: what the sums of the four outputs are multiplied by until they meet their factors"""
 CODE_LIMIT = 32000
-"""bound on codes before saturation, except in the far form: with a zero point added they must fit 16 bits"""
+"""bound on codes before saturation, except in the far forms: with a zero point added they must fit 16 bits"""
 ORDERS = {8: (0, 1, 2, 3), 4: (0, 1, 4, 5, 2, 3, 6, 7), 2: (0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15)}
 """by bits of the activations: the order in which the codes of a word stand in units, each two pairs (d0, d2), (d1, d3)"""
 
@@ -39,7 +45,7 @@ class Streams:
     @property
     def far(self) -> bool:
         """Whether the sums may be of any size."""
-        return self.form == "8_far"
+        return self.form.endswith("far")
 
 
 def pack(node: Node, rows: Array, parts: int = 1, added: int = 0, even: bool = False) -> Streams:
@@ -65,10 +71,10 @@ def pack(node: Node, rows: Array, parts: int = 1, added: int = 0, even: bool = F
     w, bias, factor = spread(w), spread(bias), spread(factor)
     lanes = w.reshape(parts * groups, GROUP, -1, UNIT).transpose(0, 2, 3, 1)  # (groups, units, depth, output)
     form = _form(w, bias, factor)
-    packed = {"8": _eight, "8_far": _far, "4": _four, "2": _two}[form](lanes)
+    packed = {"8": _eight, "8_far": _eight_far, "4": _four, "4_far": _four_far, "2": _two}[form](lanes)
     power = np.array(POWERS[form])
     start = bias.reshape(-1, GROUP) * power
-    if form == "8":
+    if form in ("8", "4_far"):
         start[:, 0::2] += start[:, 1::2]
     elif form != "8_far":
         start = np.cumsum(start[:, ::-1], axis=1)[:, ::-1]
@@ -106,19 +112,17 @@ def _outputs(node: Node, rows: Array) -> tuple[Array, Array, Array]:
 
 def _form(w: Array, bias: Array, factor: Array) -> str:
     """The narrowest form that is exact for weights (out, depth), bias (out,) and factors (out,)."""
-    reach = np.abs(bias) + 128 * np.abs(w).sum(axis=1)
-    form = str(width(w))
-    power = np.tile(np.array(POWERS[form]), len(w) // GROUP)
-    small = factor < np.finfo(np.float32).tiny * power
-    fits = form != "8" or (256 * w[0::2] + w[1::2] >= -(2**15)).all()
-    if (
-        not fits
-        or (reach * power >= 2**31).any()
-        or (reach * factor >= CODE_LIMIT).any()
-        or (small & (factor > 0)).any()
-    ):
-        return "8_far"
-    return form
+    narrow = width(w)
+    ends = [np.abs(bias + pick(-128 * w, 127 * w).sum(axis=1)) for pick in (np.minimum, np.maximum)]
+    reach = np.maximum(*ends)
+    for form in (str(narrow), "4_far"):
+        power = np.tile(np.array(POWERS[form]), len(w) // GROUP)
+        exact = (reach * power < 2**31) & ((factor == 0) | (factor >= np.finfo(np.float32).tiny * power))
+        near = form == "4_far" or (reach * factor < CODE_LIMIT).all()
+        halves = form != "8" or (256 * w[0::2] + w[1::2] >= -(2**15)).all()
+        if exact.all() and near and halves and narrow <= int(form[0]):
+            return form
+    return "8_far"
 
 
 def _words(halves: Array) -> Array:
@@ -132,7 +136,7 @@ def _eight(lanes: Array) -> Array:
     return _words(256 * lanes[..., 0::2] + lanes[..., 1::2])
 
 
-def _far(lanes: Array) -> Array:
+def _eight_far(lanes: Array) -> Array:
     """(groups, units, 2, 2) words of weights (groups, units, 4, 4)."""
     return _words(256 * lanes[..., 0::2] + (lanes[..., 1::2] & 255))
 
@@ -140,6 +144,12 @@ def _far(lanes: Array) -> Array:
 def _four(lanes: Array) -> Array:
     """(groups, units, 2, 1) words of weights (groups, units, 4, 4)."""
     return _words((lanes * POWERS["4"]).sum(axis=-1, keepdims=True) + 8 * (256 + 16 + 1))
+
+
+def _four_far(lanes: Array) -> Array:
+    """(groups, units, 2, 1) words of weights (groups, units, 4, 4)."""
+    numbers = (16 * lanes[..., 0::2] + lanes[..., 1::2] + 8) & 255  # (groups, units, depth, 2)
+    return _words((numbers << np.array([0, 8])).sum(axis=-1, keepdims=True))
 
 
 def _two(lanes: Array) -> Array:

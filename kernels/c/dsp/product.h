@@ -9,6 +9,7 @@
  *     8 bits     h = 256 w0 + w1                                       w0 w1 and w2 w3 in two words
  *     8 bits far the bytes w0 and w1, w2 and w3                        in two words, each extended on its own
  *     4 bits     h = 4096 w0 + 256 (w1 + 8) + 16 (w2 + 8) + (w3 + 8)
+ *     4 bits far the bytes 16 w0 + (w1 + 8), 16 w2 + (w3 + 8)          in one word
  *     2 bits     h = 64 w0 + 16 (w1 + 2) + 4 (w2 + 2) + (w3 + 2)       in one byte
  *
  * h itself, and h with its highest fields masked off one after the other, are multiplied by the same activations. The sums
@@ -43,6 +44,7 @@ typedef struct {
 PLANISH_PRODUCT(8);
 PLANISH_PRODUCT(8_far);
 PLANISH_PRODUCT(4);
+PLANISH_PRODUCT(4_far);
 PLANISH_PRODUCT(2);
 
 /* the product of a template's FORM */

@@ -111,6 +111,11 @@
     "sub " C ", " C ", " S ", lsl #" TWO "\n"        \
     "sub " D ", " D ", " S ", lsl #" THREE "\n"
 
+/* the same for two fields */
+#define DIFFERENCE(A, B, S, POWER)                   \
+    "sub " A ", " A ", " B "\n"                      \
+    "sub " B ", " B ", " S ", lsl #" POWER "\n"
+
 /* sums r4-r11, or r4-r7, times their factors, to the nearest integers */
 #define PRODUCT_ROUND                                                                           \
     "vldmia r0!, {s8-s11}\n"                                                                    \

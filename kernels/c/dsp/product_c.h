@@ -5,7 +5,7 @@
 #include "dsp/product.h"
 #include "planish.h"
 
-typedef enum { FORM_8, FORM_8_FAR, FORM_4, FORM_2 } planish_form;
+typedef enum { FORM_8, FORM_8_FAR, FORM_4, FORM_4_FAR, FORM_2 } planish_form;
 
 static inline int32_t planish_half(uint32_t word, int32_t high)
 {
@@ -15,13 +15,15 @@ static inline int32_t planish_half(uint32_t word, int32_t high)
 /* words of a unit */
 static inline int32_t planish_unit(planish_form form)
 {
-    return form == FORM_2 ? 1 : form == FORM_4 ? 2 : 4;
+    return form == FORM_2 ? 1 : form == FORM_4 || form == FORM_4_FAR ? 2 : 4;
 }
 
 /* what the sum of an output is multiplied by until it meets its factor */
 static inline int32_t planish_power(planish_form form, int32_t output)
 {
-    static const int32_t powers[4][4] = {{256, 1, 256, 1}, {1, 1, 1, 1}, {4096, 256, 16, 1}, {64, 16, 4, 1}};
+    static const int32_t powers[5][4] = {
+        {256, 1, 256, 1}, {1, 1, 1, 1}, {4096, 256, 16, 1}, {16, 1, 16, 1}, {64, 16, 4, 1},
+    };
     return powers[form][output];
 }
 
@@ -40,6 +42,10 @@ static inline int32_t planish_unpack(const uint32_t *unit, int32_t output, int32
     if (form == FORM_4) {
         h = (int32_t)((uint32_t)planish_half(unit[step], high) >> (12 - 4 * output)) & 15;
         return output ? h - 8 : h - 2 * (h & 8);
+    }
+    if (form == FORM_4_FAR) {
+        h = (int32_t)(unit[step] >> (16 * high + 8 * (output >> 1) + (output & 1 ? 0 : 4))) & 15;
+        return output & 1 ? h - 8 : h - 2 * (h & 8);
     }
     h = (int32_t)(unit[0] >> (8 * depth + 6 - 2 * output)) & 3;
     return output ? h - 2 : h - 2 * (h & 2);
