@@ -36,10 +36,9 @@ def check(kinds: Sequence[str], format: str) -> None:
 
 def write(kinds: Sequence[str], folder: Path, target: Target, version: str) -> None:
     """Add the packages to a folder that format `c` has written. `version` is planish's, which Arduino wants in numbers."""
-    facts = files.read_json(folder / MODEL)
     for kind in dict.fromkeys(kinds):
         if kind in WRITERS:
-            WRITERS[kind](folder, facts, target, version)
+            WRITERS[kind](folder, files.read_json(folder / MODEL), target, version)
 
 
 def _arduino(folder: Path, facts: Mapping[str, Any], target: Target, version: str) -> None:
