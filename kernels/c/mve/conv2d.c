@@ -1,14 +1,19 @@
-/* Two-dimensional convolution with MVE: three output pixels at a time, against all outputs.
+/* Two-dimensional convolution with MVE: two to four output pixels at a time, against all outputs.
  *
  * The window of each pixel is one row of bytes: a pixel of the input itself where the kernel is 1 x 1 without padding
  * (PLANISH_POINTWISE), else gathered into scratch, padding filled with the zero point. What lies together of a row of the kernel
  * is copied as a whole; PLANISH_FORM tells how: 0 any number of bytes, 1 a word, 2 fewer than 16 bytes of up to four rows,
  * 3 a constant number. Forms above 0 define PLANISH_ROWS, PLANISH_RUN and PLANISH_STEP: the kernel's rows, the bytes that lie
  * together in each of them, and those from one window to the next. PLANISH_DILATED: the columns do not lie together.
+ * PLANISH_STEPS: windows so short that they stay in registers (mve/resident.h).
  */
 #include "mve/bytes.h"
 #include "mve/conv2d.h"
+#ifdef PLANISH_STEPS
+#include "mve/resident.h"
+#else
 #include "mve/windows.h"
+#endif
 
 #ifdef PLANISH_POINTWISE
 
@@ -159,7 +164,7 @@ void PLANISH_KERNEL(const planish_mve_conv2d_layer *l, const int8_t *x, int8_t *
 #ifndef PLANISH_DILATED
     int32_t line = l->dilation_height * l->in_width * l->in_channels;
     int32_t most_top = l->in_height - (PLANISH_ROWS - 1) * l->dilation_height - 1;
-    /* three windows from column `first` to `last` lie inside */
+    /* WINDOWS windows that begin at column `first` to `last` lie inside */
     int32_t first = (l->pad_left + l->stride_width - 1) / l->stride_width;
     int32_t inside = l->in_width - l->kernel_width + l->pad_left;
     int32_t last = (inside < 0 ? -1 : inside / l->stride_width < width - 1 ? inside / l->stride_width : width - 1) - (WINDOWS - 1);
@@ -178,9 +183,9 @@ void PLANISH_KERNEL(const planish_mve_conv2d_layer *l, const int8_t *x, int8_t *
 #ifndef PLANISH_DILATED
         if (top >= 0 && top <= most_top && column >= first && column <= last) {
             const int8_t *source = x + (top * l->in_width - l->pad_left) * l->in_channels + column * PLANISH_STEP;
-            gather(l, source, line, scratch);
-            gather(l, source + PLANISH_STEP, line, scratch + SPACE);
-            gather(l, source + 2 * PLANISH_STEP, line, scratch + 2 * SPACE);
+            for (i = 0; i < WINDOWS; i++) {
+                gather(l, source + i * PLANISH_STEP, line, scratch + i * SPACE);
+            }
             column += WINDOWS;
         } else
 #endif

@@ -1,7 +1,8 @@
-"""Convolution with MVE: three pixels against two outputs at a time, sixteen products an instruction (windows.h)."""
+"""Convolution with MVE, sixteen products an instruction: three pixels against two outputs, or short windows kept in registers."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar
 
 from ... import window
@@ -11,8 +12,10 @@ from .. import overlap
 from ..version import Version
 from . import stream
 
-WINDOWS = 3
-"""output pixels that are computed together"""
+WINDOWS = {1: 4, 2: 2}
+"""output pixels that are computed together where windows take one or two vectors (resident.h)"""
+LONG_WINDOWS = 3
+"""output pixels that are computed together where they take more (windows.h)"""
 CONSTANT = 64
 """longest run of bytes that code is compiled for; longer ones gain little"""
 SPARE = 16
@@ -36,26 +39,30 @@ class Conv2d(Version):
             return None
         shape = window.of(node)
         x, y = node.inputs[0].shape[1:], node.output.shape[1:]
-        ends = overlap.blocks(y[1] * y[2], WINDOWS)
-        distance = overlap.of_pixels_read_late if is_pointwise(shape) else overlap.of_pixels
-        return call_of(node, weight, shape, (x[0], x[1], x[2]), (y[0], y[1], y[2]), distance(node, ends))
+        call = call_of(node, weight, shape, (x[0], x[1], x[2]), (y[0], y[1], y[2]))
+        ends = overlap.blocks(y[1] * y[2], together(weight))
+        late = is_pointwise(shape) and not resident(weight)  # then windows are read again for every four outputs
+        return replace(call, overlap=(overlap.of_pixels_read_late if late else overlap.of_pixels)(node, ends))
 
 
-def call_of(
-    node: Node, weight: Array, shape: Window, x: tuple[int, int, int], y: tuple[int, int, int], distance: int
-) -> Call:
-    """The call for `weight` int8 (out, in, kh, kw); `x` and `y` are (channels, height, width)."""
+def call_of(node: Node, weight: Array, shape: Window, x: tuple[int, int, int], y: tuple[int, int, int]) -> Call:
+    """The call for `weight` int8 (out, in, kh, kw), without `overlap`; `x` and `y` are (channels, height, width)."""
     outputs, depth, kh, kw = weight.shape
     rows = weight.transpose(0, 2, 3, 1).reshape(outputs, -1)  # (out, kh * kw * in)
-    packed = stream.blocks(node, rows, stream.WINDOW_LEVELS)
+    steps = resident(weight)
+    if steps:
+        packed = stream.blocks(node, rows, stream.WINDOW_LEVELS, narrow=False)
+        words, form = stream.resident(packed), {"PLANISH_STEPS": steps}
+    else:
+        packed = stream.blocks(node, rows, stream.WINDOW_LEVELS)
+        words, form = stream.windows(packed), {}
     pointwise = is_pointwise(shape)
-    words = stream.windows(packed)
     return Call(
         kernel="mve_conv2d",
         sources=(),
         template="mve/conv2d.c",
         headers=("mve/conv2d.h",),
-        defines={**_windows(shape, depth), **defines(node, packed.bits, outputs)},
+        defines={**form, **_windows(shape, depth), **defines(node, packed.bits, outputs)},
         fields={
             "in_height": x[1],
             "in_width": x[2],
@@ -72,9 +79,19 @@ def call_of(
         },
         arrays={"weight": words},
         comments={"weight": f"out {outputs}, kernel {kh} x {kw}, in {depth}; packed, with bias and rescale"},
-        scratch=0 if pointwise else WINDOWS * -(-rows.shape[1] // 4) * 4 + SPARE,
-        overlap=distance,
+        scratch=0 if pointwise else together(weight) * -(-rows.shape[1] // 4) * 4 + SPARE,
     )
+
+
+def resident(weight: Array) -> int:
+    """Vectors of a window of weights (out, in, kh, kw), when it stays in registers; else 0."""
+    steps = -(-weight[0].size // stream.STEP)
+    return steps if steps in WINDOWS and len(weight) % stream.BLOCK == 0 else 0
+
+
+def together(weight: Array) -> int:
+    """Output pixels that are computed together."""
+    return WINDOWS.get(resident(weight), LONG_WINDOWS)
 
 
 def _windows(shape: Window, depth: int) -> dict[str, int]:

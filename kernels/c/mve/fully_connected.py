@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import ClassVar
+
+import numpy as np
 
 from ...op import Call, Node
 from ...window import Window
@@ -28,9 +31,10 @@ class FullyConnected(Version):
         outputs, depth = weight.shape
         rows = math.prod(node.inputs[0].shape[:-1])
         if rows > 1:
-            return conv2d.call_of(
-                node, weight[:, :, None, None], POINT, (depth, 1, rows), (outputs, 1, rows), overlap.of_rows(node)
-            )
+            points = weight[:, :, None, None]
+            call = conv2d.call_of(node, points, POINT, (depth, 1, rows), (outputs, 1, rows))
+            ends = overlap.blocks(rows, conv2d.together(points))
+            return replace(call, overlap=overlap.least(ends * outputs, np.concatenate([[0], ends[:-1]]) * depth))
         packed = stream.blocks(node, weight, stream.ROW_LEVELS)
         words = stream.row(packed)
         return Call(

@@ -1,4 +1,5 @@
-"""Weights, biases and factors in one stream, in the order in which the MVE kernels read them (windows.h, fully_connected.c, narrow.h)."""
+"""Weights, biases and factors in one stream, in the order in which the MVE kernels read them (windows.h, resident.h,
+fully_connected.c, narrow.h)."""
 
 from __future__ import annotations
 
@@ -32,11 +33,11 @@ class Blocks:
     """float32 (blocks, 4), divided by that power"""
 
 
-def blocks(node: Node, rows: Array, levels: Mapping[int, Sequence[int]]) -> Blocks:
+def blocks(node: Node, rows: Array, levels: Mapping[int, Sequence[int]], narrow: bool = True) -> Blocks:
     """The constants of a node whose weights are `rows` int8 (out, k) in the order in which inputs are read.
 
-    `levels`: by width, for each of four outputs, how many other weights lie below its own in the byte. The width is 8 where
-    sums of narrow weights could leave 32 bits, or a factor its exact range.
+    `levels`: by width, for each of four outputs, how many other weights lie below its own in the byte. The width is 8 without
+    `narrow`, and where sums of narrow weights could leave 32 bits, or a factor its exact range.
     """
     outputs, depth = rows.shape
     low, high = int(rows.min()), int(rows.max())
@@ -50,7 +51,7 @@ def blocks(node: Node, rows: Array, levels: Mapping[int, Sequence[int]]) -> Bloc
     power = np.array([1 << bits * level for level in levels[bits]])
     reach = np.abs(bias) + 128 * np.abs(codes.reshape(count, BLOCK, -1).astype(np.int64)).sum(axis=2)
     scaled = factor / power.astype(np.float32)
-    if (reach * power >= 2**31).any() or ((scaled != 0) & (scaled < np.finfo(np.float32).tiny)).any():
+    if not narrow or (reach * power >= 2**31).any() or ((scaled != 0) & (scaled < np.finfo(np.float32).tiny)).any():
         bits, power, scaled = 8, np.ones(BLOCK, np.int64), factor
     scaled = scaled.astype(np.float32)
     return Blocks(bits, codes.reshape(count, BLOCK, steps, STEP), (bias * power).astype(np.int32), scaled)
@@ -79,6 +80,18 @@ def windows(b: Blocks) -> Array:
     else:
         parts = [words(shared([w[:, o] for o in (0, 2, 1, 3)], 2))]
     return np.concatenate([*parts, words(b.bias), words(b.rescale)], axis=1).reshape(-1)
+
+
+def resident(b: Blocks) -> Array:
+    """uint32 (words,): the stream of resident.h, for one or two steps."""
+    w = b.codes[:, [0, 2, 1, 3]]  # (blocks, 4, steps, 16)
+    if w.shape[2] == 2:
+        return np.concatenate([words(w), words(b.bias), words(b.rescale)], axis=1).reshape(-1)
+    parts: list[Array] = []
+    for pair in ((0, 2), (1, 3)):
+        numbers = np.stack([b.bias.view(np.uint32), b.rescale.view(np.uint32)], axis=2)[:, pair]  # (blocks, 2, 2)
+        parts += [words(b.codes[:, pair]), words(numbers)]
+    return np.concatenate(parts, axis=1).reshape(-1)
 
 
 def row(b: Blocks) -> Array:
