@@ -13,6 +13,8 @@
 #include "dsp/depthwise_conv2d.h"
 #include "dsp/halves.h"
 
+#define PLANE_BYTES (KERNEL_HEIGHT * ROW_BYTES)
+
 enum {
     GROUP = 4,                               /* channels */
     TAPS = KERNEL_HEIGHT * KERNEL_WIDTH,
@@ -20,7 +22,7 @@ enum {
     TURNS = ROWS_FIRST ? KERNEL_HEIGHT : 2 * KERNEL_HEIGHT - 1,
     LEAST = -(1 << (Y_BITS - 1)),
     MOST = (1 << (Y_BITS - 1)) - 1,
-    PLANE = KERNEL_HEIGHT * ROW_BYTES,       /* bytes of one channel's rows */
+    PLANE = PLANE_BYTES,                     /* bytes of one channel's rows */
     WEIGHT_WORDS = (TAPS * WEIGHT_BITS + 7) / 8 /* of four channels */
 };
 
@@ -66,19 +68,57 @@ static inline uint32_t codes_of(const int8_t *x)
     return planish_unpack_four(x, X_BITS);
 }
 
+/* How the columns of the image that are read lie in words of two: the first may share its word with padding, then come `fours` times
+ * four columns, then 0 to 3. */
+typedef struct {
+    int32_t fours, rest;
+    uint32_t zero; /* zero point, twice */
+    int32_t odd;   /* 1: the first shares its word */
+} columns_t;
+
+static inline columns_t columns_of(const planish_dsp_depthwise_conv2d_layer *l)
+{
+    int32_t read = (l->out_columns - 1) * COLUMN_STRIDE + KERNEL_WIDTH - l->pad_left;
+    columns_t p;
+    read = read < l->in_columns ? read : l->in_columns;
+    p.odd = read > 0 ? l->pad_left % 2 : 0;
+    read = read > 0 ? read - p.odd : 0;
+    p.fours = read / 4;
+    p.rest = read % 4;
+    p.zero = 0x10001u * (uint16_t)l->x_zero_point;
+    return p;
+}
+
 #define TEXT(...) TEXT_OF(__VA_ARGS__)
 #define TEXT_OF(...) #__VA_ARGS__
 
-/* `spread` of 4 * `times` columns that are `step` bytes apart, times > 0 */
-static inline void spread_fours(int8_t *to, const int8_t *x, int32_t step, int32_t times)
+/* One row of four channels, from its first column on; `step` bytes from column to column. */
+#if defined(__ARM_FEATURE_DSP) && WORDS && X_BITS == 8 && 3 * PLANE_BYTES <= 1020
+#define STORE(instruction, what, channel) instruction " " what ", [r2, #" TEXT(channel * PLANE_BYTES) "]\n"
+static inline void spread_row(int8_t *to, const int8_t *x, int32_t step, const columns_t *columns)
 {
-#if defined(__ARM_FEATURE_DSP) && 3 * KERNEL_HEIGHT * ROW_BYTES <= 1020 && X_BITS == 8
     register const int8_t *from __asm__("r0") = x;
     register int32_t apart __asm__("r1") = step;
     register int8_t *place __asm__("r2") = to;
-    register int32_t left __asm__("r3") = times;
+    register const columns_t *plan __asm__("r3") = columns;
     __asm__ volatile(
+        "vldm r3, {s0-s3}\n"
+        "vmov r10, r5, s2, s3\n"
+        "cbz r5, 1f\n"
+        "ldr r4, [r0]\n" /* (zero, x) */
+        "add r0, r0, r1\n"
+        "sxtb16 r8, r4\n"
+        "sxtb16 r9, r4, ror #8\n"
+        "pkhbt r4, r10, r8, lsl #16\n"
+        "pkhbt r5, r10, r9, lsl #16\n"
+        "pkhtb r8, r8, r10, asr #16\n"
+        "pkhtb r9, r9, r10, asr #16\n"
+        STORE("str", "r4", 0) STORE("str", "r5", 1) STORE("str", "r8", 2) STORE("str", "r9", 3)
+        "add r2, r2, #4\n"
         "1:\n"
+        "vmov r3, s0\n"
+        "cbz r3, 3f\n"
+        "2:\n" /* four columns */
         "ldr r4, [r0]\n"
         "ldr r5, [r0, r1]\n"
         "add r0, r0, r1, lsl #1\n"
@@ -93,8 +133,7 @@ static inline void spread_fours(int8_t *to, const int8_t *x, int32_t step, int32
         "pkhbt r9, r9, r10, lsl #16\n"
         "pkhbt r10, r11, r12, lsl #16\n"
         "pkhtb r11, r12, r11, asr #16\n"
-        "strd r9, r10, [r2]\n"
-        "strd lr, r11, [r2, #" TEXT(2 * KERNEL_HEIGHT * ROW_BYTES) "]\n"
+        STORE("strd", "r9, r10", 0) STORE("strd", "lr, r11", 2)
         "sxtb16 r4, r4, ror #8\n"
         "sxtb16 r5, r5, ror #8\n"
         "sxtb16 r6, r6, ror #8\n"
@@ -103,23 +142,72 @@ static inline void spread_fours(int8_t *to, const int8_t *x, int32_t step, int32
         "pkhbt r9, r4, r5, lsl #16\n"
         "pkhbt r10, r6, r8, lsl #16\n"
         "pkhtb r11, r8, r6, asr #16\n"
-        "strd r9, r10, [r2, #" TEXT(KERNEL_HEIGHT * ROW_BYTES) "]\n"
-        "strd lr, r11, [r2, #" TEXT(3 * KERNEL_HEIGHT * ROW_BYTES) "]\n"
+        STORE("strd", "r9, r10", 1) STORE("strd", "lr, r11", 3)
         "add r2, r2, #8\n"
         "subs r3, r3, #1\n"
-        "bne 1b\n"
-        : "+r"(from), "+r"(apart), "+r"(place), "+r"(left)
+        "bne 2b\n"
+        "3:\n"
+        "vmov r3, r10, s1, s2\n"
+        "lsls r3, r3, #31\n" /* carry: two are left; not zero: one is */
+        "bcc 4f\n"
+        "ldr r4, [r0]\n"
+        "ldr r5, [r0, r1]\n"
+        "add r0, r0, r1, lsl #1\n"
+        "sxtb16 r8, r4\n"
+        "sxtb16 r9, r5\n"
+        "sxtb16 r4, r4, ror #8\n"
+        "sxtb16 r5, r5, ror #8\n"
+        "pkhbt r6, r8, r9, lsl #16\n"
+        "pkhtb r8, r9, r8, asr #16\n"
+        "pkhbt r9, r4, r5, lsl #16\n"
+        "pkhtb r4, r5, r4, asr #16\n"
+        STORE("str", "r6", 0) STORE("str", "r9", 1) STORE("str", "r8", 2) STORE("str", "r4", 3)
+        "add r2, r2, #4\n"
+        "4:\n"
+        "beq 5f\n"
+        "ldr r4, [r0]\n" /* (x, zero) */
+        "sxtb16 r8, r4\n"
+        "sxtb16 r9, r4, ror #8\n"
+        "pkhbt r4, r8, r10, lsl #16\n"
+        "pkhbt r5, r9, r10, lsl #16\n"
+        "pkhtb r8, r10, r8, asr #16\n"
+        "pkhtb r9, r10, r9, asr #16\n"
+        STORE("str", "r4", 0) STORE("str", "r5", 1) STORE("str", "r8", 2) STORE("str", "r9", 3)
+        "5:\n"
+        : "+r"(from), "+r"(apart), "+r"(place), "+r"(plan)
         :
-        : "r4", "r5", "r6", "r8", "r9", "r10", "r11", "r12", "lr", "cc", "memory");
-#else
+        : "r4", "r5", "r6", "r8", "r9", "r10", "r11", "r12", "lr", "s0", "s1", "s2", "s3", "cc", "memory");
+}
+#elif WORDS
+static inline void spread_row(int8_t *to, const int8_t *x, int32_t step, const columns_t *columns)
+{
+    uint32_t zero = (columns->zero & 255u) * 0x01010101u;
+    int32_t left = columns->fours * 4 + columns->rest;
+    if (columns->odd) {
+        spread(to, PLANE, zero, codes_of(x));
+        x += step;
+        to += 4;
+    }
     PLANISH_ROLLED
-    for (times *= 2; times > 0; times--) {
-        spread(to, PLANE, codes_of(x), codes_of(x + step));
+    for (; left > 0; left -= 2) {
+        spread(to, PLANE, codes_of(x), left > 1 ? codes_of(x + step) : zero);
         x += 2 * step;
         to += 4;
     }
-#endif
 }
+#else
+/* channels are read one by one here */
+static inline void spread_row(int8_t *to, const int8_t *x, int32_t step, const columns_t *columns)
+{
+    int16_t *half = (int16_t *)(void *)to + columns->odd;
+    int32_t left = columns->fours * 4 + columns->rest + columns->odd;
+    PLANISH_ROLLED
+    for (; left > 0; left--) {
+        *half++ = *x;
+        x += step;
+    }
+}
+#endif
 
 /* what is the same for all channels: records, and rows that hold nothing but padding */
 static void prepare(const planish_dsp_depthwise_conv2d_layer *l, int8_t *rows, channel_t *channel)
@@ -144,13 +232,15 @@ static void prepare(const planish_dsp_depthwise_conv2d_layer *l, int8_t *rows, c
 static PLANISH_APART void load(const planish_dsp_depthwise_conv2d_layer *l, int32_t c, int32_t count, channel_t *channel)
 {
     const uint32_t *weight = l->weight + c / GROUP * WEIGHT_WORDS;
+    const uint32_t *factors = l->factor + c;
+    const int32_t *biases = l->bias + c;
+    const int64_t half = (int64_t)(2 * l->y_zero_point + 1) * 2147483648LL; /* zero point and a half, times 2^32 */
     int32_t i;
     uint32_t tap = 0, end;
     PLANISH_ROLLED
     for (i = 0; i < KERNEL_HEIGHT; i++) {
         int8_t *to = (int8_t *)&channel->weight[i * PAIRS];
         uint32_t last = tap_of(weight, tap++);
-        PLANISH_ROLLED
         for (end = tap + (PAIRS * (KERNEL_WIDTH > 1)); tap < end; tap++) {
             uint32_t next = tap_of(weight, tap);
             spread(to, sizeof(channel_t), last, next);
@@ -169,69 +259,43 @@ static PLANISH_APART void load(const planish_dsp_depthwise_conv2d_layer *l, int3
     }
     PLANISH_ROLLED
     for (i = 0; i < count; i++) {
-        int32_t factor = (int32_t)l->factor[c + i], bias = l->bias[c + i];
-        int64_t start = factor < 0 ? (int64_t)(uint32_t)bias
-                                   : (int64_t)bias * factor + (int64_t)(2 * l->y_zero_point + 1) * 2147483648LL;
-        channel[i].start_low = (uint32_t)start;
-        channel[i].start_high = (uint32_t)(start >> 32);
-        channel[i].factor = factor;
+        int32_t factor = (int32_t)factors[i], bias = biases[i];
+        int64_t start = factor < 0 ? (int64_t)(uint32_t)bias : (int64_t)bias * factor + half;
+        channel->start_low = (uint32_t)start;
+        channel->start_high = (uint32_t)(start >> 32);
+        channel->factor = factor;
+        channel++;
     }
 }
 
-/* Brings one row of the padded image into its slot `to`, of `count` channels; x: the first one's code of the image's first pixel */
-static PLANISH_APART void expand(const planish_dsp_depthwise_conv2d_layer *l, const int8_t *x, int32_t row, int32_t count, int8_t *to)
+/* Brings one row of the padded image into its slot `to`, of `count` channels; x: the first one's code of the image's first pixel.
+ * Padding before and behind the columns of the image is there already. */
+static PLANISH_APART void expand(const planish_dsp_depthwise_conv2d_layer *l, const columns_t *columns, const int8_t *x,
+                                 int32_t row, int32_t count, int8_t *to)
 {
-    int32_t step = l->in_column_step;
-    int32_t columns = (l->out_columns - 1) * COLUMN_STRIDE + KERNEL_WIDTH - l->pad_left; /* of the image that are read */
-    columns = columns < l->in_columns ? columns : l->in_columns;
     row -= l->pad_top;
-#if WORDS
-    uint32_t zero = 0x01010101u * (uint8_t)l->x_zero_point;
-    (void)count;
-    if (row < 0 || row >= l->in_rows) {
+    to += l->pad_left / 2 * 4;
+    if ((uint32_t)row >= (uint32_t)l->in_rows) {
+        uint32_t zero = columns->zero;
+        int32_t left = 2 * columns->odd + 4 * columns->fours + columns->rest; /* halves */
         PLANISH_ROLLED
-        for (columns += l->pad_left; columns > 0; columns -= 2) {
-            spread(to, PLANE, zero, zero);
+        for (; left > 0; left -= 2) {
+            planish_store_word(to, zero);
+            planish_store_word(to + PLANE, zero);
+            planish_store_word(to + 2 * PLANE, zero);
+            planish_store_word(to + 3 * PLANE, zero);
             to += 4;
         }
         return;
     }
     x += row * l->in_row_step;
-    to += l->pad_left / 2 * 4; /* the padding before it and behind is there already */
-    if (l->pad_left % 2) {
-        spread(to, PLANE, zero, codes_of(x));
-        x += step;
-        to += 4;
-        columns--;
-    }
-    if (columns >= 4) {
-        int32_t fours = columns / 4;
-        spread_fours(to, x, step, fours);
-        x += fours * 4 * step;
-        to += fours * 8;
-        columns -= fours * 4;
-    }
-    PLANISH_ROLLED
-    for (; columns > 0; columns -= 2) {
-        spread(to, PLANE, codes_of(x), columns > 1 ? codes_of(x + step) : zero);
-        x += 2 * step;
-        to += 4;
-    }
+#if WORDS
+    (void)count;
+    spread_row(to, x, l->in_column_step, columns);
 #else
-    int32_t c, k;
+    int32_t c;
     for (c = 0; c < count; c++) {
-        int16_t *half = (int16_t *)(void *)(to + c * PLANE) + l->pad_left;
-        const int8_t *from = x + row * l->in_row_step + c;
-        if (row < 0 || row >= l->in_rows) {
-            for (k = 0; k < columns; k++) {
-                half[k] = (int16_t)l->x_zero_point;
-            }
-        } else {
-            for (k = 0; k < columns; k++) {
-                half[k] = *from;
-                from += step;
-            }
-        }
+        spread_row(to + c * PLANE, x + c, l->in_column_step, columns);
     }
 #endif
 }
@@ -417,8 +481,7 @@ static inline int8_t code_of(const planish_dsp_depthwise_conv2d_layer *l, const 
         factor.bits = (uint32_t)channel->factor & 0x7FFFFFFFu;
         code = planish_nearest((float)(sum + (int32_t)channel->start_low) * factor.value) + l->y_zero_point;
     } else {
-        uint64_t start = (uint64_t)channel->start_high << 32 | channel->start_low;
-        code = (int32_t)(((int64_t)start + (int64_t)sum * channel->factor) >> 32);
+        code = planish_multiply_add_high(sum, channel->factor, channel->start_low, channel->start_high);
     }
     code = code < least ? least : code;
     return (int8_t)(code > most ? most : code);
@@ -439,6 +502,10 @@ static PLANISH_APART void convolve(const planish_dsp_depthwise_conv2d_layer *l, 
                 const uint32_t *row = x + i * (ROW_BYTES / 4);
                 first = even_row(row, weight + i * PAIRS, first);
                 second = odd_row(row, weight + i * PAIRS, second);
+#if defined(__GNUC__)
+                /* row by row, while its words are in registers: compilers would rather finish one sum and keep all words */
+                __asm__ volatile("" : "+r"(first), "+r"(second));
+#endif
             }
             *out = code_of(l, channel, first);
             if (column > 1) {
@@ -476,6 +543,7 @@ static inline void outputs(const planish_dsp_depthwise_conv2d_layer *l, const in
 void PLANISH_KERNEL(const planish_dsp_depthwise_conv2d_layer *l, const int8_t *x, int8_t *y, int8_t *scratch)
 {
     channel_t *channel = (channel_t *)(void *)(scratch + GROUP * PLANE);
+    columns_t columns = columns_of(l);
     int32_t c, row, i;
     prepare(l, scratch, channel);
 #if ROWS_FIRST
@@ -485,7 +553,7 @@ void PLANISH_KERNEL(const planish_dsp_depthwise_conv2d_layer *l, const int8_t *x
             load(l, c, count, channel);
             PLANISH_ROLLED
             for (i = 0; i < KERNEL_HEIGHT; i++) {
-                expand(l, x + c * X_BITS / 8, row * l->row_stride + i, count, scratch + i * ROW_BYTES);
+                expand(l, &columns, x + c * X_BITS / 8, row * l->row_stride + i, count, scratch + i * ROW_BYTES);
             }
             outputs(l, scratch, channel, count, 0, y + c * Y_BITS / 8);
         }
@@ -499,11 +567,11 @@ void PLANISH_KERNEL(const planish_dsp_depthwise_conv2d_layer *l, const int8_t *x
         load(l, c, count, channel);
         PLANISH_ROLLED
         for (i = 0; i + 1 < KERNEL_HEIGHT; i++) {
-            expand(l, x + c * X_BITS / 8, i, count, slot);
+            expand(l, &columns, x + c * X_BITS / 8, i, count, slot);
             slot += ROW_BYTES;
         }
         for (row = 0; row < l->out_rows; row++) {
-            expand(l, x + c * X_BITS / 8, row + KERNEL_HEIGHT - 1, count, slot);
+            expand(l, &columns, x + c * X_BITS / 8, row + KERNEL_HEIGHT - 1, count, slot);
             slot = slot + ROW_BYTES < scratch + PLANE ? slot + ROW_BYTES : scratch;
             outputs(l, scratch, channel, count, turn, out);
             turn = turn > 0 ? turn - PAIRS * 4 : (KERNEL_HEIGHT - 1) * PAIRS * 4;

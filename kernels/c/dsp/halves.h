@@ -176,6 +176,18 @@ static inline int32_t planish_product_high(int32_t a, uint32_t b, int32_t c)
 #endif
 }
 
+/* upper half of a * b + (high, low), 64 bits */
+static inline int32_t planish_multiply_add_high(int32_t a, int32_t b, uint32_t low, uint32_t high)
+{
+#if defined(__ARM_FEATURE_DSP)
+    __asm__("smlal %0, %1, %2, %3" : "+r"(low), "+r"(high) : "r"(a), "r"(b));
+    return (int32_t)high;
+#else
+    uint64_t sum = (uint64_t)((int64_t)a * b) + ((uint64_t)high << 32 | low);
+    return (int32_t)(uint32_t)(sum >> 32);
+#endif
+}
+
 /* float to the nearest integer, halves to even. |v| < 2^31 */
 static inline int32_t planish_nearest(float v)
 {
