@@ -15,7 +15,7 @@ from planish.export.narrow import node_in
 from planish.kernels import integer
 from planish.kernels import op as contract
 from planish.kernels.c import version
-from planish.kernels.c.armv6m import pairs, requantize
+from planish.kernels.c.armv6m import fully_connected, pairs, requantize
 from planish.kernels.op import Node, ops
 from planish.targets import target as targets
 
@@ -256,6 +256,35 @@ def test_other_depthwise_convolutions_run_portable(bench: Any) -> None:
         bench.convolution(rng, 4, 4, (9, 9), group=4, stride=3),
     ):
         assert kernel(bench.node_of("depthwise_conv2d", other)) == "depthwise_conv2d"
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2])
+def test_fully_connected(bits: int, bench: Any, tmp_path: Path) -> None:
+    rng = np.random.default_rng(9)
+    shapes = [(8, 6), (64, 10), (33, 3), (2, 1), (130, 4), (7, 2), (20, 5), (150, 69)]
+    found = [bench.node_of("fully_connected", bench.linear(rng, k, n)) for k, n in shapes]
+    found += [
+        bench.node_of("fully_connected", bench.linear(rng, k, 6, rows=(3,), kind="MatMul", trans=0)) for k in (5, 16)
+    ]
+    found = [extreme(n, bits, i + bits) for i, n in enumerate(found)]
+    assert [kernel(n) for n in found] == ["armv6m_fully_connected"] * len(shapes) + ["armv6m_conv2d"] * 2
+    bench.equal_reference(found, TARGET, tmp_path)
+
+
+@pytest.mark.parametrize("taps", fully_connected.TAPS[8])
+def test_fully_connected_with_heavy_weights(
+    taps: int, bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every size of chunk, with extra chunks."""
+    rng = np.random.default_rng(9)
+    monkeypatch.setattr(fully_connected, "TAPS", {8: (taps,)})
+    found: list[Node] = []
+    for i, (k, n) in enumerate([(40, 6), (16, 3), (140, 5)]):
+        node = bench.node_of("fully_connected", bench.linear(rng, k, n))
+        weight = rng.choice([-128, -127, -60, 0, 127], (n, k)).astype(np.int8)
+        found.append(extreme(replace(node, constants={**node.constants, "weight": weight}), 8, i + 1))
+    assert {kernel(n) for n in found} == {"armv6m_fully_connected"}
+    bench.equal_reference(found, TARGET, tmp_path)
 
 
 # ---- elementwise ----
