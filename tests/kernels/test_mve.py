@@ -176,3 +176,20 @@ def linear(bench: Any) -> list[Node]:
 def test_fully_connected(width: int, bench: Any, tmp_path: Path) -> None:
     nodes = linear(bench)
     run([n if width == 8 else narrow.node_in(n, width) for n in nodes], tmp_path)
+
+
+def test_add(bench: Any, tmp_path: Path) -> None:
+    rng = np.random.default_rng(4)
+    nodes: list[Node] = []
+    for shape, small, low, high in (
+        ((1, 5, 9, 7), None, -INF, INF),
+        ((1, 16, 4, 4), None, 0.0, INF),
+        ((1, 5, 3, 7), None, 0.0, 1.0),
+        ((1, 7, 5, 3), (1, 7, 1, 1), -INF, INF),
+        ((1, 41), None, -INF, INF),
+        ((1, 3), None, -INF, INF),
+    ):
+        a, b = (Tensor(n, s, np.float32(rng.uniform(0.01, 0.03)), int(rng.integers(-128, 128))) for n, s in (("a", shape), ("b", small or shape)))
+        y = Tensor("y", shape, np.float32(0.0275), int(rng.integers(-40, 40)))
+        nodes.append(bench.node_of("add", bench.made("Add", (a, b), y, {}, low, high)))
+    run(nodes, tmp_path)

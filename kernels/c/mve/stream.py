@@ -1,5 +1,6 @@
 """Weights, biases and factors in one stream, in the order in which the MVE kernels read them (windows.h, resident.h,
-fully_connected.c, narrow.h)."""
+fully_connected.c, narrow.h).
+"""
 
 from __future__ import annotations
 
