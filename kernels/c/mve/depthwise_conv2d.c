@@ -43,7 +43,7 @@ typedef struct {
 
 #if defined(__ARM_FEATURE_MVE)
 
-/* words of four rows and `channels` channels for `columns` columns */
+/* words of four rows and `channels` channels for `columns` columns; rows outside the image repeat one vector: their step is 0 */
 static inline void interleave(const int8_t *const *rows, const int32_t *steps, int32_t columns, int32_t channels, int8_t *to)
 {
     register const int8_t *const *from __asm__("r12") = rows;
@@ -53,9 +53,9 @@ static inline void interleave(const int8_t *const *rows, const int32_t *steps, i
     register int8_t *target __asm__("r8") = to;
     __asm__ volatile(
         "vctp.8 r9\n"
-        "wls lr, r10, 2f\n"
         "ldm r12, {r0, r1, r2, r3}\n"
         "ldm r11, {r4, r5, r6, r9}\n"
+        "dls lr, r10\n"
         "1:\n"
         "vpstttt\n"
         "vldrbt.u8 q0, [r0]\n"
@@ -71,7 +71,6 @@ static inline void interleave(const int8_t *const *rows, const int32_t *steps, i
         "add r3, r3, r9\n"
         "vst43.8 {q0, q1, q2, q3}, [r8]!\n"
         "le lr, 1b\n"
-        "2:\n"
         : "+r"(from), "+r"(step), "+r"(count), "+r"(lanes), "+r"(target)
         :
         : "memory", "cc", "r0", "r1", "r2", "r3", "r4", "r5", "r6", "lr", "q0", "q1", "q2", "q3");
@@ -108,6 +107,8 @@ static inline void interleave(const int8_t *const *rows, const int32_t *steps, i
     SATURATE
 
 #ifdef PLANISH_TILES
+#define COUNT_ROWS "ldr r10, [r11, #20]\n"
+#define ROW_DONE "subs r10, r10, #1\n"
 #define PREDICATE_ONCE LANES
 #define PREDICATE ""
 #define TILE                             \
@@ -136,6 +137,13 @@ static inline void interleave(const int8_t *const *rows, const int32_t *steps, i
 #define FIRST ""
 #endif
 #else
+#define COUNT_ROWS          \
+    "ldr r0, [r11, #20]\n" \
+    "str r0, [r11, #80]\n"
+#define ROW_DONE            \
+    "ldr r0, [r11, #80]\n" \
+    "subs r0, r0, #1\n"    \
+    "str r0, [r11, #80]\n"
 #define PREDICATE_ONCE ""
 #define PREDICATE LANES
 #define WINDOW(sum)                                                       \
@@ -178,8 +186,7 @@ static inline void convolve(strip_t *strip)
         "adds r2, r3, #1\n"
         "strd r0, r2, [r11]\n"
         WEIGHTS
-        "ldr r0, [r11, #20]\n"
-        "str r0, [r11, #80]\n"
+        COUNT_ROWS
         "1:\n" /* a row of tiles */
         "ldr r0, [r11, #16]\n"
         "dls lr, r0\n"
@@ -190,10 +197,8 @@ static inline void convolve(strip_t *strip)
         "le lr, 2b\n"
         "ldrd r0, r2, [r11, #8]\n"
         "vadd.i32 q7, q7, r0\n"
-        "ldr r0, [r11, #80]\n"
         "add r3, r3, r2\n"
-        "subs r0, r0, #1\n"
-        "str r0, [r11, #80]\n"
+        ROW_DONE
         "bne 1b\n"
         "ldr r0, [r11, #36]\n"
         "subs r0, r0, #1\n"
@@ -294,6 +299,12 @@ void PLANISH_KERNEL(const planish_mve_depthwise_conv2d_layer *l, const int8_t *x
 #endif
         s.columns[i] = (uint32_t)(i * PITCH);
     }
+    /* the columns beside the image stay as they are for all channels and strips */
+    for (row = 0; row < l->strip; row++) {
+        int8_t *words = scratch + row * s.x_pitch;
+        fill_bytes(words, l->x_zero_point, l->pad_left * PITCH);
+        fill_bytes(words + (l->pad_left + inside) * PITCH, l->x_zero_point, s.x_pitch - (l->pad_left + inside) * PITCH);
+    }
     while (out_row < l->out_height) {
         int32_t rows = (l->out_height - out_row) / TILE_HEIGHT;
         if (rows > l->strip) {
@@ -305,21 +316,21 @@ void PLANISH_KERNEL(const planish_mve_depthwise_conv2d_layer *l, const int8_t *x
         }
         for (first = 0; first < channels; first += CHANNELS) {
             int32_t count = channels - first < CHANNELS ? channels - first : CHANNELS;
-            int8_t *words = scratch;
+            int32_t top = out_row * l->stride_height - l->pad_top;
+            int8_t *words = scratch + l->pad_left * PITCH;
+            const int8_t *source = x + top * row_bytes + first;
             for (row = 0; row < rows; row++) {
                 const int8_t *sources[4];
                 int32_t steps[4];
-                int32_t top = (out_row + row * TILE_HEIGHT) * l->stride_height - l->pad_top;
                 for (i = 0; i < 4; i++) {
-                    int32_t in_row = top + i;
-                    int valid = in_row >= 0 && in_row < l->in_height;
-                    sources[i] = valid ? x + in_row * row_bytes + first : padding;
+                    int valid = (uint32_t)(top + i) < (uint32_t)l->in_height;
+                    sources[i] = valid ? source + i * row_bytes : padding;
                     steps[i] = valid ? channels : 0;
                 }
-                fill_bytes(words, l->x_zero_point, l->pad_left * PITCH);
-                interleave(sources, steps, inside, count, words + l->pad_left * PITCH);
-                fill_bytes(words + (l->pad_left + inside) * PITCH, l->x_zero_point, s.x_pitch - (l->pad_left + inside) * PITCH);
+                interleave(sources, steps, inside, count, words);
                 words += s.x_pitch;
+                top += TILE_HEIGHT * l->stride_height;
+                source += TILE_HEIGHT * l->stride_height * row_bytes;
             }
             s.x = scratch - STEP_BYTES;
             s.y = y + out_row * s.y_pitch + first;
