@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from ..kernels import layout, matmul
+from ..kernels import integer, layout, matmul
 from ..kernels.op import Array, Node, Tensor, Unsupported
 from .graph import Graph
 
@@ -21,9 +21,19 @@ MOVES = ("reshape", "transpose", "slice", "flatten", "rescale")
 
 def fold_moves(graph: Graph) -> Graph:
     """The same function with fewer copies; nodes that nothing reads any more stay, for `rewrite.live`."""
+    graph = replace(graph, nodes=tuple(_idle(graph, n) for n in graph.nodes))
     graph = _Views(graph).same_bytes()
     graph = _Views(graph).results()
     return _Views(graph).operands()
+
+
+def _idle(graph: Graph, node: Node) -> Node:
+    """A rescale without a table for a sum or product with one number that changes no code, as attention's scale often is."""
+    if node.op not in ("add", "mul") or "operand" not in node.constants or node.attributes["repeat"] != "one":
+        return node
+    codes = integer.codes().reshape(-1, *[1] * (len(node.output.shape) - 1))
+    same = np.array_equal(graph.ops[node.op].reference(node, codes), codes)
+    return Node("rescale", node.name, node.inputs, node.output) if same else node
 
 
 class _Views:

@@ -43,9 +43,17 @@ def fold_constants(module: GraphModule) -> None:
                 and (value := _value(module, source)) is not None
             ):
                 with module.graph.inserting_before(node):
-                    made = layers.add_parameter(module, f"constants.{source.name}", value)
+                    made = layers.add_parameter(module, _name(source), value)
                 node.update_arg(index, made)
     module.graph.eliminate_dead_code()
+
+
+def _name(node: Node) -> str:
+    """The name of a computed constant: that of a parameter behind it, and its own."""
+    source = node
+    while source.all_input_nodes:
+        source = source.all_input_nodes[0]
+    return f"{source.target}_{node.name}" if is_constant(source) else f"constants.{node.name}"
 
 
 def _value(module: GraphModule, node: Node) -> torch.Tensor | None:

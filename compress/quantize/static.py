@@ -80,6 +80,8 @@ TRANSPORT = (
     aten.max_pool2d.default,
 )
 SCALING = (aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar)
+MASKS = ("aten.masked_fill", "aten.where")
+"""what hides scores from a softmax: no range of codes holds them and the others"""
 LEVELS = 256
 ACTIVATION_DTYPE = torch.uint8
 
@@ -352,6 +354,8 @@ def _runs_in_integers(node: Node) -> bool:
         weight, bias = (layers.argument(node, n) for n in ("weight", "bias"))
         last = len(layers.argument(node, "normalized_shape")) == 1
         return last and is_constant(weight) and (bias is None or is_constant(bias))
+    if node.target is aten.softmax.int:
+        return layers.op(node.args[0]) not in MASKS  # pyright: ignore[reportArgumentType]
     if node.target in (aten.adaptive_avg_pool1d.default, aten.adaptive_avg_pool2d.default):
         return set(node.args[1]) == {1}  # pyright: ignore[reportArgumentType]
     if node.target is aten.mean.dim:

@@ -105,4 +105,4 @@ def test_it_is_fast(bench: Any, tmp_path: Path) -> None:
         samples = [[rng.integers(-128, 128, t.shape).astype(np.int8) for t in node.inputs]]
         done = bench.on_device(node, samples, TARGET, tmp_path / node.name)
         np.testing.assert_array_equal(done.codes[0], ops()["matmul"].reference(node, *samples[0]))
-        assert done.instructions < 2.2 * ops()["matmul"].macs(node)
+        assert done.instructions < 2.7 * ops()["matmul"].macs(node)
