@@ -147,14 +147,18 @@ CONVOLUTIONS: list[dict[str, Any]] = [
 
 
 def extreme(node: Node, bits: int, index: int) -> Node:
-    """The node in `bits` with the extreme weights among its own; its range is, in turn, its own, whole, and from the zero point."""
+    """The node in `bits` with the extreme weights among its own, and a range as below."""
     if bits < 8:
         node = node_in(node, bits)
     weight = node.constants["weight"].copy()
     weight.reshape(-1)[:2] = -(1 << bits - 1), (1 << bits - 1) - 1
     if index % 5 == 0:
         weight[0] = -(1 << bits - 1)
-    node = replace(node, constants={**node.constants, "weight": weight})
+    return extreme_range(replace(node, constants={**node.constants, "weight": weight}), index)
+
+
+def extreme_range(node: Node, index: int) -> Node:
+    """The node whose range is, in turn, its own, whole, and whole with the zero point lowest."""
     if index % 3 == 1:
         node = replace(node, attributes={**node.attributes, **FULL})
     if index % 3 == 2:
@@ -302,4 +306,11 @@ def test_add_and_mul(op: str, powers_of_two: bool, bench: Any, tmp_path: Path) -
             replace(n, attributes={**n.attributes, "scales": (np.float32(2.0**-7), np.float32(2.0**-5))}) for n in found
         ]
     assert {kernel(n) for n in found} <= {f"armv6m_{op}", f"armv6m_{op}_constant"}
+    bench.equal_reference(found, TARGET, tmp_path)
+
+
+def test_global_average_pool(bench: Any, tmp_path: Path) -> None:
+    found = [bench.node_of("global_average_pool", e) for e in bench.examples("global_average_pool")]
+    found = [extreme_range(n, i) for i, n in enumerate(found)]
+    assert {kernel(n) for n in found} == {"armv6m_global_average_pool"}
     bench.equal_reference(found, TARGET, tmp_path)
