@@ -58,7 +58,7 @@ def run(nodes: list[Node], folder: Path, samples: int = 3, extremes: bool = True
     )
     kernels = {layer["name"]: layer["kernel"] for layer in facts["layers"]}
     assert [k for k in kernels.values() if not k.startswith("mve_")] == []
-    _on_the_host(folder)
+    _on_the_host(folder, facts)
     with Emulator().open(Artifact(folder, {"format": "c", "target": TARGET}), 1) as session:
         got = session.run(x)
     for node in nodes:
@@ -70,13 +70,13 @@ def run(nodes: list[Node], folder: Path, samples: int = 3, extremes: bool = True
         )
 
 
-def _on_the_host(folder: Path) -> None:
+def _on_the_host(folder: Path, facts: dict[str, Any]) -> None:
     """The form without instructions gives the same codes (the project's own test), and nothing for the sanitizers to find."""
     if shutil.which("clang") is None:
         return
     flags = ["-std=c99", "-O1", "-ffp-contract=off", "-Wall", "-Wextra", "-Wpedantic", "-Werror", "-I.", "-Ikernels"]
     flags += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    sources = [str(p.relative_to(folder)) for p in sorted([*folder.glob("*.c"), *folder.glob("kernels/*.c")])]
+    sources = [*facts["sources"], f"{facts['name']}_test.c"]
     done = subprocess.run(
         ["clang", *flags, *sources, "-o", "t"], cwd=folder, capture_output=True, text=True, check=False
     )
@@ -189,7 +189,21 @@ def test_add(bench: Any, tmp_path: Path) -> None:
         ((1, 41), None, -INF, INF),
         ((1, 3), None, -INF, INF),
     ):
-        a, b = (Tensor(n, s, np.float32(rng.uniform(0.01, 0.03)), int(rng.integers(-128, 128))) for n, s in (("a", shape), ("b", small or shape)))
+        a, b = (
+            Tensor(n, s, np.float32(rng.uniform(0.01, 0.03)), int(rng.integers(-128, 128)))
+            for n, s in (("a", shape), ("b", small or shape))
+        )
         y = Tensor("y", shape, np.float32(0.0275), int(rng.integers(-40, 40)))
         nodes.append(bench.node_of("add", bench.made("Add", (a, b), y, {}, low, high)))
     run(nodes, tmp_path)
+
+
+def test_other_ops(bench: Any, tmp_path: Path) -> None:
+    names = ("max_pool", "global_average_pool", "mul")
+    nodes = [bench.node_of(name, example) for name in names for example in bench.examples(name)]
+
+    def single(node: Node) -> bool:
+        """A product with one value: the version before takes it."""
+        return node.op == "mul" and (node.constants["operand"].size if node.constants else node.inputs[1].size) == 1
+
+    run([n for n in nodes if not single(n)], tmp_path)
