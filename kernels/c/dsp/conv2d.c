@@ -22,7 +22,7 @@
 /* the shape as constants, which the compiler puts in their places */
 static const planish_dsp_conv2d_layer shape = {
     .in_height = IN_HEIGHT, .in_width = IN_WIDTH, .in_channels = IN_CHANNELS, .out_height = OUT_HEIGHT,
-    .out_width = OUT_WIDTH, .out_channels = OUT_CHANNELS, .groups = 1, .kernel_height = KERNEL_HEIGHT,
+    .out_width = OUT_WIDTH, .out_channels = OUT_CHANNELS, .groups = GROUPS, .kernel_height = KERNEL_HEIGHT,
     .kernel_width = KERNEL_WIDTH, .stride_height = STRIDE_HEIGHT, .stride_width = STRIDE_WIDTH,
     .dilation_height = DILATION_HEIGHT, .dilation_width = DILATION_WIDTH, .pad_top = PAD_TOP, .pad_left = PAD_LEFT,
     .x_zero_point = X_ZERO_POINT,

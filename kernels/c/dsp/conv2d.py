@@ -15,12 +15,15 @@ from ..version import Version
 from . import packing
 from .packing import GROUP, UNIT, Streams
 
+POINT = Window((1, 1), (1, 1), (1, 1), (0, 0, 0, 0))
 BLOCK = 2
 """output pixels that are computed together"""
 
 
 class Conv2d(Version):
-    """Weights without zero points; one group of any channels, or groups of multiples of 4. Activations may have 4 or 2 bits."""
+    """Weights without zero points; in several groups, input channels that are multiples of 4 in each. Activations may have 4 or 2
+    bits where their channels fill whole words.
+    """
 
     op: ClassVar[str] = "conv2d"
     features: ClassVar[tuple[str, ...]] = ("dsp", "fpu")
@@ -53,7 +56,6 @@ def call_of(
     """
     outputs, kh, kw, depth = weight.shape
     x_bits, y_bits = node.inputs[0].bits, node.output.bits
-    pointwise = shape.kernel == (1, 1) and shape.pads == (0, 0, 0, 0) and groups == 1
     geometry = {
         "in_height": x[1],
         "in_width": x[2],
@@ -65,30 +67,21 @@ def call_of(
         **shape.fields(),
         "x_zero_point": node.inputs[0].zero_point,
     }
-    whole = depth * x_bits % (8 * UNIT) == 0
-    if (groups > 1 and (not whole or y_bits < 8)) or (not whole and x_bits < 8):
+    whole_words = depth * x_bits % (8 * UNIT) == 0
+    if (not whole_words and (groups > 1 or x_bits < 8)) or (groups > 1 and y_bits < 8):
         return None
-    if whole:
-        rows = weight.reshape(outputs, -1)
-        streams = packing.pack(
-            node, rows[:, packing.order(x_bits, rows.shape[1])], groups, added=(1 << x_bits - 1) * (x_bits < 8)
-        )
+    if whole_words:
+        pointwise = shape == POINT and groups == 1
+        rows = weight.reshape(outputs, -1)[:, packing.order(x_bits, kh * kw * depth)]
         gather = {"POINTWISE": int(pointwise), "SEGMENT": 0}
         work = 0 if pointwise else depth * x_bits // 8
     else:
-        contiguous = kw == 1 or shape.dilation[1] == 1
-        segment, segments = (kw * depth, 1) if contiguous else (depth, kw)
-        pieces = weight.reshape(outputs, kh * segments, segment)
-        split = segment - segment % UNIT
-        rows = np.concatenate(
-            [pieces[..., :split].reshape(outputs, -1), pieces[..., split:].reshape(outputs, -1)], axis=1
-        )
-        streams = packing.pack(node, rows)
+        rows, segment, segments = _segments(weight, shape)
         gather = {"POINTWISE": 0, "SEGMENT": segment, "SEGMENTS": segments}
-        gather |= {name.upper(): value for name, value in geometry.items() if name != "groups"}
-        work = BLOCK * UNIT * streams.units
-    limits = (node.attributes["low"], node.attributes["high"])
-    staged = limits != (-128, 127) or y_bits < 8 or outputs // groups % GROUP > 0
+        gather |= {name.upper(): value for name, value in geometry.items()}
+        work = BLOCK * UNIT * -(-rows.shape[1] // UNIT)
+    streams = packing.pack(node, rows, groups, added=0 if x_bits == 8 else 1 << x_bits - 1)
+    staged = is_staged(node, outputs // groups)
     return Call(
         kernel="dsp_conv2d",
         sources=("dsp/expand.c", f"dsp/product_{streams.form}.c"),
@@ -98,8 +91,8 @@ def call_of(
         fields={
             **geometry,
             "y_zero_point": node.output.zero_point,
-            "low": limits[0],
-            "high": limits[1],
+            "low": node.attributes["low"],
+            "high": node.attributes["high"],
             "units": streams.units,
         },
         arrays={"weight": streams.words},
@@ -107,6 +100,12 @@ def call_of(
         scratch=4 * UNIT * streams.units + BLOCK * GROUP * streams.groups * staged + work,
         overlap=distance,
     )
+
+
+def is_staged(node: Node, outputs: int) -> bool:
+    """Whether codes of `outputs` neighbours go through work memory: they are clamped, packed, or do not fill whole words."""
+    limits = (node.attributes["low"], node.attributes["high"])
+    return limits != (-128, 127) or node.output.bits < 8 or outputs % GROUP > 0
 
 
 def defines(node: Node, streams: Streams, staged: bool) -> dict[str, int]:
@@ -118,3 +117,15 @@ def defines(node: Node, streams: Streams, staged: bool) -> dict[str, int]:
         "X_BITS": node.inputs[0].bits,
         "Y_BITS": node.output.bits,
     }
+
+
+def _segments(weight: Array, shape: Window) -> tuple[Array, int, int]:
+    """Rows (out, depth) of weights (out, kh, kw, depth) in the order of dsp/gather_segments.h: whole words of all segments, then
+    what is left of each; the bytes of a segment; and the segments of a kernel row.
+    """
+    outputs, kh, kw, depth = weight.shape
+    without_gaps = kw == 1 or shape.dilation[1] == 1
+    segment, segments = (kw * depth, 1) if without_gaps else (depth, kw)
+    pieces = weight.reshape(outputs, kh * segments, segment)
+    words, rest = np.split(pieces, [segment - segment % UNIT], axis=2)
+    return np.concatenate([words.reshape(outputs, -1), rest.reshape(outputs, -1)], axis=1), segment, segments

@@ -1,8 +1,9 @@
 /* Fully connected layer on one row, four outputs at a time (dsp/product.h).
  *
- * A template: WEIGHT_BITS is 8, 4 or 2, FAR says that the weights are packed so; COPIED where the inputs go to scratch first, because
- * they are packed (X_BITS) or no multiple of 8; STAGED where the codes do, for outputs that are clamped, packed (Y_BITS) or no
- * multiple of 4.
+ * A template:
+ *   WEIGHT_BITS 8, 4 or 2; FAR 1: sums may be of any size
+ *   COPIED 1: the inputs are brought to scratch first, because they are packed (X_BITS) or no multiple of 8
+ *   STAGED 1: the codes are written to scratch first, for outputs that are clamped, packed (Y_BITS) or no multiple of 4
  */
 #include "dsp/fully_connected.h"
 #include "dsp/emit.h"

@@ -6,13 +6,10 @@ import math
 from typing import ClassVar
 
 from ...op import Call, Node
-from ...window import Window
 from .. import overlap
 from ..version import Version
 from . import conv2d, packing
 from .packing import GROUP, UNIT
-
-POINT = Window((1, 1), (1, 1), (1, 1), (0, 0, 0, 0))
 
 
 class FullyConnected(Version):
@@ -34,8 +31,7 @@ def _row(node: Node) -> Call:
     weight = node.constants["weight"]  # (out, in)
     outputs, depth = weight.shape
     streams = packing.pack(node, weight, even=True)
-    limits = (node.attributes["low"], node.attributes["high"])
-    staged = limits != (-128, 127) or node.output.bits < 8 or outputs % GROUP > 0
+    staged = conv2d.is_staged(node, outputs)
     copied = depth % (2 * UNIT) > 0 or node.inputs[0].bits < 8
     return Call(
         kernel="dsp_fully_connected",
@@ -47,8 +43,8 @@ def _row(node: Node) -> Call:
             "in_features": depth,
             "out_features": outputs,
             "y_zero_point": node.output.zero_point,
-            "low": limits[0],
-            "high": limits[1],
+            "low": node.attributes["low"],
+            "high": node.attributes["high"],
             "units": streams.units,
             "groups": streams.groups,
         },
@@ -66,4 +62,4 @@ def _rows(node: Node, rows: int) -> Call | None:
     written, needed = ends * outputs * node.output.bits, ends * depth * node.inputs[0].bits
     distance = overlap.least(-(-written // 8), needed // 8)
     weight = node.constants["weight"][:, None, None]  # (out, 1, 1, in)
-    return conv2d.call_of(node, weight, POINT, (depth, 1, rows), (outputs, 1, rows), 1, distance)
+    return conv2d.call_of(node, weight, conv2d.POINT, (depth, 1, rows), (outputs, 1, rows), 1, distance)

@@ -18,8 +18,8 @@
  * float32(2^n a) * (f / 2^n) = float32(a) * f exactly, and that nothing overflows, is checked when the weights are packed. The
  * differences are right modulo 2^32, so the r themselves may overflow. Weights whose sums are beyond this have the far form.
  *
- * Stream of 32-bit words for each group of four outputs: 4 start values of r, the weights (unit after unit, a word for each
- * pair of depths, (0, 2) before (1, 3)), 4 factors (float).
+ * Stream of 32-bit words for each group of four outputs: 4 start values of r, which hold the biases; the weights, unit after unit,
+ * depths (0, 2) before (1, 3), outputs 0 and 1 before 2 and 3; 4 factors (float).
  */
 #ifndef PLANISH_DSP_PRODUCT_H
 #define PLANISH_DSP_PRODUCT_H
@@ -33,21 +33,21 @@ typedef struct {
     uint32_t zero_points;   /* y_zero_point + 128 in both halves */
 } planish_product;
 
-#define PLANISH_PRODUCT(FORM)                                                                                         \
-    void planish_product_##FORM(const planish_product *product, const uint32_t *pairs, int8_t *y, int32_t second); \
-    void planish_row_product_##FORM(const planish_product *product, const int8_t *x, int8_t *y, int32_t sum)
-
 /* planish_product_<form>: two columns. pairs holds (0, 2) of the first, of the second, (1, 3) of the first, of the second, and so
  * on. Writes 4 * groups codes to y and to y + second, both multiples of 4.
  *
- * planish_row_product_<form>: one column. x holds 4 * units codes, units even; x and y are multiples of 4; sum is that of x. */
+ * planish_row_product_<form>: one column. x holds 4 * units codes, units even; x and y are multiples of 4; sum is that of x, which
+ * narrow weights need. */
+#define PLANISH_PRODUCT(FORM)                                                                                      \
+    void planish_product_##FORM(const planish_product *product, const uint32_t *pairs, int8_t *y, int32_t second); \
+    void planish_row_product_##FORM(const planish_product *product, const int8_t *x, int8_t *y, int32_t sum)
 PLANISH_PRODUCT(8);
 PLANISH_PRODUCT(8_far);
 PLANISH_PRODUCT(4);
 PLANISH_PRODUCT(4_far);
 PLANISH_PRODUCT(2);
 
-/* the product of a template's FORM */
+/* A and B, both expanded, as one name */
 #define PLANISH_JOIN(A, B) A##B
 #define PLANISH_NAME(A, B) PLANISH_JOIN(A, B)
 

@@ -28,7 +28,7 @@ static inline int32_t planish_power(planish_form form, int32_t output)
 }
 
 /* weight of output 0-3 at depth 0-3 of a unit, the unit's words given */
-static inline int32_t planish_unpack(const uint32_t *unit, int32_t output, int32_t depth, planish_form form)
+static inline int32_t planish_weight_of(const uint32_t *unit, int32_t output, int32_t depth, planish_form form)
 {
     int32_t high = depth >> 1, step = depth & 1, h, low;
     if (form == FORM_8 || form == FORM_8_FAR) {
@@ -61,7 +61,7 @@ static inline int8_t planish_product_code(const planish_product *product, const 
     union { uint32_t word; float value; } factor;
     for (unit = 0; unit < product->units; unit++) {
         for (depth = 0; depth < 4; depth++) {
-            int32_t w = planish_unpack(weight + words * unit, output, depth, form);
+            int32_t w = planish_weight_of(weight + words * unit, output, depth, form);
             int32_t x = pairs ? planish_half(pairs[4 * unit + 2 * (depth & 1)], depth >> 1) : codes[4 * unit + depth];
             total += (uint32_t)(w * x * power);
         }
