@@ -2,22 +2,23 @@
 #include "dsp/halves.h"
 #include "dsp/pools.h"
 
-static inline int8_t code_of(const planish_dsp_average_pool_layer *l, float sum, float count)
+static inline int8_t code_of(float sum, float count, float y_scale, float zero, int32_t low, int32_t high)
 {
     int32_t code;
     sum = sum / count;
-    sum = sum / l->y_scale;
-    code = planish_nearest(sum + (float)(l->y_zero_point + 128)) - 128;
-    code = code < l->low ? l->low : code;
-    return (int8_t)(code > l->high ? l->high : code);
+    sum = sum / y_scale;
+    code = planish_nearest(sum + zero) - 128;
+    code = code < low ? low : code;
+    return (int8_t)(code > high ? high : code);
 }
 
 void planish_dsp_average_pool(const planish_dsp_average_pool_layer *l, const int8_t *x, int8_t *y)
 {
     int32_t row_step = l->dilation_height * l->in_width * l->channels, column_step = l->dilation_width * l->channels;
-    int32_t zero = l->x_zero_point;
+    /* copies: y might lie over the layer, for all that the compiler knows */
+    int32_t zero = l->x_zero_point, channels = l->channels, low = l->low, high = l->high;
     uint32_t zeros = 0x10001u * (uint16_t)-zero;
-    float scale = l->x_scale;
+    float scale = l->x_scale, y_scale = l->y_scale, y_zero = (float)(l->y_zero_point + 128);
     int32_t row, column, channel, i, j;
     for (row = 0; row < l->out_height; row++) {
         planish_taps rows = planish_taps_of(row * l->stride_height - l->pad_top, l->kernel_height, l->dilation_height,
@@ -25,13 +26,13 @@ void planish_dsp_average_pool(const planish_dsp_average_pool_layer *l, const int
         for (column = 0; column < l->out_width; column++) {
             planish_taps columns = planish_taps_of(column * l->stride_width - l->pad_left, l->kernel_width,
                                                    l->dilation_width, l->in_width);
-            const int8_t *window = x + (rows.position * l->in_width + columns.position) * l->channels;
+            const int8_t *window = x + (rows.position * l->in_width + columns.position) * channels;
             int32_t taps = (rows.end - rows.first) * (columns.end - columns.first);
             float count = (float)(l->include_pad ? l->kernel_height * l->kernel_width : taps);
             channel = 0;
-            if (l->channels % 4 == 0) {
+            if (channels % 4 == 0) {
                 PLANISH_ROLLED
-                for (; channel < l->channels; channel += 4) {
+                for (; channel < channels; channel += 4) {
                     const int8_t *line = window + channel;
                     float sum0 = 0.0f, sum1 = 0.0f, sum2 = 0.0f, sum3 = 0.0f;
                     PLANISH_ROLLED
@@ -49,14 +50,14 @@ void planish_dsp_average_pool(const planish_dsp_average_pool_layer *l, const int
                         }
                         line += row_step;
                     }
-                    y[channel] = code_of(l, sum0, count);
-                    y[channel + 1] = code_of(l, sum1, count);
-                    y[channel + 2] = code_of(l, sum2, count);
-                    y[channel + 3] = code_of(l, sum3, count);
+                    y[channel] = code_of(sum0, count, y_scale, y_zero, low, high);
+                    y[channel + 1] = code_of(sum1, count, y_scale, y_zero, low, high);
+                    y[channel + 2] = code_of(sum2, count, y_scale, y_zero, low, high);
+                    y[channel + 3] = code_of(sum3, count, y_scale, y_zero, low, high);
                 }
             }
             PLANISH_ROLLED
-            for (; channel < l->channels; channel++) {
+            for (; channel < channels; channel++) {
                 const int8_t *line = window + channel;
                 float sum = 0.0f;
                 PLANISH_ROLLED
@@ -69,9 +70,9 @@ void planish_dsp_average_pool(const planish_dsp_average_pool_layer *l, const int
                     }
                     line += row_step;
                 }
-                y[channel] = code_of(l, sum, count);
+                y[channel] = code_of(sum, count, y_scale, y_zero, low, high);
             }
-            y += l->channels;
+            y += channels;
         }
     }
 }

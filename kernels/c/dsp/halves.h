@@ -82,13 +82,12 @@ static inline uint32_t planish_add_odd_bytes(uint32_t a, uint32_t word)
 static inline uint32_t planish_max_bytes(uint32_t a, uint32_t b)
 {
 #if defined(__ARM_FEATURE_DSP)
-    uint32_t larger;
-    __asm__("ssub8 %0, %1, %2\n" /* sets a flag for every byte of a that is no less than b's */
-            "sel %0, %1, %2"
-            : "=&r"(larger)
-            : "r"(a), "r"(b)
-            : "cc");
-    return larger;
+    __asm__("ssub8 r12, %0, %1\n" /* sets a flag for every byte of a that is no less than b's */
+            "sel %0, %0, %1"
+            : "+r"(a)
+            : "r"(b)
+            : "r12", "cc");
+    return a;
 #else
     uint32_t larger = 0;
     int32_t i;

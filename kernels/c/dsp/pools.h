@@ -20,14 +20,11 @@ typedef struct {
 static inline planish_taps planish_taps_of(int32_t start, int32_t kernel, int32_t dilation, int32_t size)
 {
     planish_taps t;
-    t.first = 0;
-    while (t.first < kernel && start + t.first * dilation < 0) {
-        t.first++;
-    }
-    t.end = kernel;
-    while (t.end > t.first && start + (t.end - 1) * dilation >= size) {
-        t.end--;
-    }
+    t.first = start < 0 ? (dilation - 1 - start) / dilation : 0;
+    t.first = t.first < kernel ? t.first : kernel;
+    t.end = start < size ? (size - start + dilation - 1) / dilation : 0;
+    t.end = t.end < kernel ? t.end : kernel;
+    t.end = t.end > t.first ? t.end : t.first;
     t.position = start + t.first * dilation;
     return t;
 }
