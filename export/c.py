@@ -169,7 +169,7 @@ def _facts(project: Project) -> dict[str, Any]:
             {
                 "name": x.node.name,
                 "op": x.node.op,
-                "kernel": x.function.removeprefix("planish_"),
+                "kernel": x.function.removeprefix(f"{project.name}_").removeprefix("planish_"),
                 "macs": x.macs,
                 "bytes": sum(a.values.nbytes for a in x.arrays),
             }

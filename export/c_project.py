@@ -98,7 +98,10 @@ class Layer:
 class Instance:
     """A kernel's template with its constants: one C file of the project."""
 
+    name: str
+    """of its file"""
     function: str
+    """with the model's name in front: an application may hold several models"""
     kernel: str
     template: str
     defines: Mapping[str, int]
@@ -109,7 +112,7 @@ class Instance:
     @property
     def file(self) -> str:
         """Its C file, below the project's folder kernels/."""
-        return f"{self.function.removeprefix('planish_')}.c"
+        return f"{self.name}.c"
 
     @property
     def prototype(self) -> str:
@@ -207,7 +210,7 @@ def build(graph: Graph, title: str, features: Iterable[str] = ()) -> Project:
     """The project for a deployment graph on a core with `features`. Identifiers come from the model's names."""
     name = identifier(title, set())
     calls = calls_of(graph, features)
-    instances = _instances([(n, calls[n.name]) for n in graph.nodes if n.name in calls])
+    instances = _instances(name, [(n, calls[n.name]) for n in graph.nodes if n.name in calls])
     plan = memory.of(graph, calls)
     taken: set[str] = set()
     tensors = {t: identifier(t, taken) for t in graph.tensors}
@@ -281,7 +284,7 @@ def _key(call: Call) -> tuple[object, ...]:
     return (call.template, *call.defines.items())
 
 
-def _instances(calls: Iterable[tuple[Node, Call]]) -> dict[tuple[object, ...], Instance]:
+def _instances(model: str, calls: Iterable[tuple[Node, Call]]) -> dict[tuple[object, ...], Instance]:
     """The templates' instances by key, in the order of their first use."""
     found: dict[tuple[object, ...], Instance] = {}
     for node, call in calls:
@@ -290,8 +293,9 @@ def _instances(calls: Iterable[tuple[Node, Call]]) -> dict[tuple[object, ...], I
         count = sum(i.kernel == call.kernel for i in found.values())
         many = [f"const int8_t *x{i}" for i in range(len(node.inputs))]
         inputs = "const int8_t *const *x" if call.input_array else ", ".join(many)
-        name = f"planish_{call.kernel}_{count}"
-        found[_key(call)] = Instance(name, call.kernel, call.template, call.defines, inputs, call.scratch > 0)
+        name = f"{call.kernel}_{count}"
+        function = f"{model}_{name}"
+        found[_key(call)] = Instance(name, function, call.kernel, call.template, call.defines, inputs, call.scratch > 0)
     return found
 
 
