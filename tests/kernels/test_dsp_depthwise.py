@@ -74,6 +74,17 @@ def test_equals_the_reference(bits: int, bench: Any, tmp_path: Path) -> None:
     bench.equal_reference(found, TARGET, tmp_path)
 
 
+@pytest.mark.parametrize("stride", [(1, 2), (2, 1), (3, 1), (3, 2)])
+def test_strides_that_differ(stride: tuple[int, int], bench: Any, tmp_path: Path) -> None:
+    rng = np.random.default_rng(3)
+    node = bench.node_of("depthwise_conv2d", bench.convolution(rng, 4, 4, (13, 9), group=4))
+    size = tuple((s + 2 - 3) // step + 1 for s, step in zip((13, 9), stride, strict=True))
+    output = replace(node.output, shape=(1, 4, *size))
+    made = replace(node, output=output, attributes={**node.attributes, "stride": stride})
+    assert kernel(made) == KERNEL
+    bench.equal_reference([made], TARGET, tmp_path)
+
+
 def test_clamps_from_zero_on(bench: Any, tmp_path: Path) -> None:
     """Codes from 0 to 127, which have an instruction of their own."""
     found = [replace(n, attributes={**n.attributes, "low": 0, "high": 127}) for n in nodes(bench, 8)[:2]]

@@ -21,9 +21,8 @@ ROW_BYTES = (56, 104)
 """lengths of work rows that the code is compiled for; longer ones are a multiple of 64. Few, so that layers share code"""
 LONGEST = 2048
 """bytes of a work row at most"""
-LAYER_BYTES = 32
-"""of a channel's record in the work memory, before its weights"""
-
+RECORD_BYTES = 32
+"""of a channel's record in the work memory (channel_t), before its weights"""
 
 SCALE = {2: 4}
 """what weights of a width are multiplied by: their factors would be too large for a multiplier below 2^31"""
@@ -50,15 +49,14 @@ class DepthwiseConv2d(Version):
         ):
             return None
         rows_first = shape.stride[0] > 1
-        found = [
-            g for g in (_Geometry(node, False), _Geometry(node, True)) if g.possible and not (rows_first and g.turned)
-        ]
+        both = [_Geometry(node, False), _Geometry(node, True)]
+        found = [g for g in both if g.possible and (not g.turned if rows_first else g.stride[0] == 1)]
         if not found:
             return None
         g = min(found, key=lambda g: g.cost)
         kh, kw = g.kernel
         turns = kh if rows_first else 2 * kh - 1
-        scratch = GROUP * (kh * g.row_bytes + LAYER_BYTES + 4 * turns * max(kw - 1, 1))
+        scratch = GROUP * (kh * g.row_bytes + RECORD_BYTES + 4 * turns * max(kw - 1, 1))
         scratch += 0 if bits[1] == 8 else GROUP * g.out[1]
         kernel = weight[:, 0].transpose(0, 2, 1) if g.turned else weight[:, 0]  # (c, kh, kw)
         width = _bits(weight)
@@ -140,9 +138,9 @@ class _Geometry:
 
     @property
     def cost(self) -> float:
-        """Instructions for a row of outputs and its input, roughly, times rows."""
+        """Instructions for a channel, roughly: by its rows, their pairs of outputs, and what has to be brought in."""
         pairs, single = divmod(self.out[1], 2)
-        row = 20 + 32 * pairs + 26 * single + 2.2 * self.stride[0] * self.size[1]
+        row = 45 + 25 * pairs + 18 * single + 2 * self.stride[0] * self.size[1]
         return row * self.out[0]
 
     def fields(self) -> dict[str, int]:
