@@ -65,7 +65,7 @@ def pack(node: Node, rows: Array, parts: int = 1, added: int = 0, even: bool = F
         widths = [(0, 0), (0, groups * GROUP - each)] + [(0, 0)] * (values.ndim - 1)
         return np.pad(shaped, widths).reshape(-1, *values.shape[1:])
 
-    bias, factor, varies = _outputs(node, rows)
+    bias, factor, varies = outputs_of(node, rows)
     w = np.pad(rows.astype(np.int64) * varies[:, None], ((0, 0), (0, units * UNIT - depth)))
     bias = bias - added * w.sum(axis=1)
     w, bias, factor = spread(w), spread(bias), spread(factor)
@@ -95,7 +95,7 @@ def width(rows: Array) -> int:
     return next(b for b in (2, 4, 8) if low >= -(1 << b - 1) and high < 1 << b - 1)
 
 
-def _outputs(node: Node, rows: Array) -> tuple[Array, Array, Array]:
+def outputs_of(node: Node, rows: Array) -> tuple[Array, Array, Array]:
     """Bias (out,), factors (out,) and whether an output depends on its input at all.
 
     Pruned and dead channels do not: they have a bias far beyond the range of codes, at a tiny scale. Bias and factor then give the

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ... import weights
 from ...op import Array, Node
+from ..dsp.packing import outputs_of
 
 STEP = 16
 """products of one instruction"""
@@ -44,11 +44,12 @@ def blocks(node: Node, rows: Array, levels: Mapping[int, Sequence[int]], narrow:
     low, high = int(rows.min()), int(rows.max())
     bits = next(b for b in (2, 4, 8) if low >= -(1 << b - 1) and high < 1 << b - 1)
     count, steps = -(-outputs // BLOCK), -(-depth // STEP)
+    start, scale, varies = outputs_of(node, rows)
     codes = np.zeros((count * BLOCK, steps * STEP), np.int8)
-    codes[:outputs, :depth] = rows
+    codes[:outputs, :depth] = rows * varies[:, None]
     more = (0, count * BLOCK - outputs)
-    bias = np.pad(weights.folded_bias(node), more).reshape(count, BLOCK)
-    factor = np.pad(node.constants["rescale"], more).reshape(count, BLOCK)
+    bias = np.pad(start, more).reshape(count, BLOCK)
+    factor = np.pad(scale, more).reshape(count, BLOCK)
     power = np.array([1 << bits * level for level in levels[bits]])
     reach = np.abs(bias) + 128 * np.abs(codes.reshape(count, BLOCK, -1).astype(np.int64)).sum(axis=2)
     scaled = factor / power.astype(np.float32)
