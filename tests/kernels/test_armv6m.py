@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import shutil
+import struct
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -73,7 +74,8 @@ def test_requantization_is_the_contract(zero_point: int, library: ctypes.CDLL) -
         if scale is None:
             continue
         taken += 1
-        fields = np.array(list(scale.fields.values()), np.int64).astype(np.uint32)
+        f = list(scale.fields.values())  # planish_scale: three words, three halfwords, three bytes
+        fields = np.frombuffer(struct.pack("<3I3h3Bx", *f), np.uint8)
         for word, factor, most in zip(scale.words, rescale, largest, strict=True):
             sum_ = sums(rng, float(factor), int(most))
             expected = integer.requantize(sum_, factor, zero_point, low, high)

@@ -5,10 +5,10 @@
 #include "armv6m/pairs.h"
 
 typedef struct {
-    int32_t in_height, in_width, in_channels, out_height, out_width, out_channels;
-    int32_t kernel_height, kernel_width, stride_height, stride_width, dilation_height, dilation_width, pad_top, pad_left;
-    int32_t x_zero_point, taps, chunks; /* of the window; the last chunk is filled up with weights of 0 */
-    int32_t pixel_chunks; /* of a pixel; 0: windows go through scratch code by code, since channels are not whole chunks */
+    int16_t in_height, in_width, in_channels, out_height, out_width, out_channels;
+    int16_t kernel_height, kernel_width, stride_height, stride_width, dilation_height, dilation_width, pad_top, pad_left;
+    int16_t x_zero_point, taps, chunks; /* of the window; the last chunk is filled up with weights of 0 */
+    int16_t pixel_chunks; /* of a pixel; 0: windows go through scratch code by code, since channels are not whole chunks */
     int32_t behind;       /* codes in scratch behind the words: a pixel of zero points, two windows, or none */
     planish_scale scale;
     const void *weight;     /* (out_channels, chunks, taps), plus half their range; 4 and 2 bits: a 32-bit word a chunk */

@@ -35,6 +35,7 @@ static void gather(const planish_armv6m_conv2d_layer *l, const int8_t *x, const 
     int32_t whole = (l->dilation_width == 1 || last == 0) && a->left >= 0 && b->left >= 0 && a->left + last < l->in_width
                     && b->left + last < l->in_width;
     int32_t i, j;
+    PLANISH_SMALL_LOOP
     for (i = 0; i < l->kernel_height; i++) {
         int32_t row_a = a->top + i * l->dilation_height, row_b = b->top + i * l->dilation_height;
         if (whole && row_a >= 0 && row_b >= 0 && row_a < l->in_height && row_b < l->in_height) {
@@ -42,6 +43,7 @@ static void gather(const planish_armv6m_conv2d_layer *l, const int8_t *x, const 
                            x + (row_b * l->in_width + b->left) * l->in_channels, words, chunks * l->kernel_width);
             continue;
         }
+        PLANISH_SMALL_LOOP
         for (j = 0; j < l->kernel_width; j++) {
             words = expand(tap(l, x, row_a, a->left + j * l->dilation_width, fill),
                            tap(l, x, row_b, b->left + j * l->dilation_width, fill), words, chunks);
@@ -53,6 +55,7 @@ static void gather(const planish_armv6m_conv2d_layer *l, const int8_t *x, const 
 static void window(const planish_armv6m_conv2d_layer *l, const int8_t *x, const place_t *p, int8_t *to)
 {
     int32_t depth = l->in_channels, i, j, c;
+    PLANISH_SMALL_LOOP
     for (i = 0; i < l->kernel_height; i++) {
         int32_t row = p->top + i * l->dilation_height;
         int32_t inside = l->dilation_width == 1 && (uint32_t)row < (uint32_t)l->in_height && p->left >= 0
@@ -64,8 +67,10 @@ static void window(const planish_armv6m_conv2d_layer *l, const int8_t *x, const 
             }
             continue;
         }
+        PLANISH_SMALL_LOOP
         for (j = 0; j < l->kernel_width; j++) {
             const int8_t *source = tap(l, x, row, p->left + j * l->dilation_width, 0);
+            PLANISH_SMALL_LOOP
             for (c = 0; c < depth; c++) {
                 *to++ = source ? source[c] : (int8_t)l->x_zero_point;
             }
@@ -83,6 +88,7 @@ void planish_armv6m_convolve(const planish_armv6m_conv2d_layer *l, const int8_t 
     place_t a = {0, 0, 0, 0};
     planish_pairs p;
     int32_t i;
+    PLANISH_SMALL_LOOP
     for (i = 0; i < l->behind; i++) {
         fill[i] = (int8_t)l->x_zero_point; /* taps that fill up the last chunk meet weights of 0 */
     }

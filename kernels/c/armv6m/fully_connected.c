@@ -227,6 +227,7 @@ static void outputs_of(block_t *p)
 static int32_t *expand(const int8_t *x, int32_t left, int32_t *to, int32_t chunks)
 {
     int32_t k;
+    PLANISH_SMALL_LOOP
     for (; chunks > 0; chunks--) {
         uint32_t sum = 0, before = 0;
         for (k = 1; k <= TAPS; k++) {
@@ -255,6 +256,7 @@ static void block(const planish_armv6m_fully_connected_layer *l, const int8_t *x
 #if PARTS
     uint32_t sums[2 * MOST_PAIRS];
     int32_t i;
+    PLANISH_SMALL_LOOP
     for (i = 0; i < pairs; i++) {
         sums[2 * i] = 0;
         sums[2 * i + 1] = (uint32_t)p->start;
@@ -266,6 +268,7 @@ static void block(const planish_armv6m_fully_connected_layer *l, const int8_t *x
     p->words = words;
     for (; left > 0; left -= l->block_chunks * TAPS, x += l->block_chunks * TAPS) {
         int32_t chunks = 0, inputs = 0;
+        PLANISH_SMALL_LOOP
         while (inputs < left && chunks < l->block_chunks) {
             inputs += TAPS;
             chunks++;
@@ -284,6 +287,7 @@ void PLANISH_KERNEL(const planish_armv6m_fully_connected_layer *l, const int8_t 
     int32_t chunks = 0, done;
     int8_t codes[2];
     block_t p;
+    PLANISH_SMALL_LOOP
     for (done = 0; done < l->in_features; done += TAPS) {
         chunks++;
     }

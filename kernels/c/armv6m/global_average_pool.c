@@ -6,6 +6,7 @@ enum { BLOCK = 257 }; /* pixels whose sums fit 16 bits */
 static void add_words(const int8_t *x, int32_t pixels, int32_t channels, int32_t *sum)
 {
     int32_t i;
+    PLANISH_SMALL_LOOP
     for (i = 0; i < 4; i++) {
         sum[i] = -128 * pixels;
     }
@@ -30,9 +31,11 @@ void planish_armv6m_global_average_pool(const planish_armv6m_global_average_pool
 {
     int32_t channel = 0, pixel, i;
     if ((l->channels & 3) == 0 && ((uintptr_t)x & 3u) == 0) {
+        PLANISH_SMALL_LOOP
         for (; channel < l->channels; channel += 4) {
             int32_t sum[4];
             add_words(x + channel, l->pixels, l->channels, sum);
+            PLANISH_SMALL_LOOP
             for (i = 0; i < 4; i++) {
                 *y++ = (int8_t)planish_code(sum[i] + l->bias, l->word, &l->scale);
             }
@@ -41,6 +44,7 @@ void planish_armv6m_global_average_pool(const planish_armv6m_global_average_pool
     for (; channel < l->channels; channel++) {
         const int8_t *code = x + channel;
         int32_t sum = l->bias;
+        PLANISH_SMALL_LOOP
         for (pixel = l->pixels; pixel > 0; pixel--) {
             sum += *code;
             code += l->channels;

@@ -1,4 +1,4 @@
-/* The exact way of requantize.h: float32(sum * rescale) and its rounding to an integer, in integers. */
+/* Requantization in integers; the exact way is float32(sum * rescale) and its rounding to an integer. */
 #include "armv6m/requantize.h"
 
 /* value / 2^bits, rounded half to even */
@@ -20,6 +20,7 @@ int32_t planish_exact_code(int32_t sum, uint32_t word, const planish_scale *q)
     int32_t extra, code;
     /* float32(sum): sums of more than 24 bits saturate or vanish whichever way they are rounded */
     product = (uint64_t)magnitude * (word >> 8);
+    PLANISH_SMALL_LOOP
     for (extra = 0; product >> extra >> 24; extra++) {
     }
     if (extra > 0) { /* float32 keeps 24 bits */
@@ -33,4 +34,28 @@ int32_t planish_exact_code(int32_t sum, uint32_t word, const planish_scale *q)
     code = (sum < 0 ? -code : code) + q->zero_point;
     code = code < q->low ? q->low : code;
     return code > q->high ? q->high : code;
+}
+
+int32_t planish_code(int32_t sum, uint32_t word, const planish_scale *q)
+{
+    int32_t shifted = (int32_t)((uint32_t)sum << q->before) >> (word & 255u);
+    uint32_t product = (uint32_t)shifted * (word >> 16) + q->half;
+    if (q->fraction == 23) {
+        if ((uint32_t)shifted > q->limit) {
+            return shifted < 0 ? q->low : q->high;
+        }
+        if (product >> 31) {
+            return q->high;
+        }
+        if (product << 9 < q->window) {
+            return planish_exact_code(sum, word, q);
+        }
+        return (int32_t)(product >> 23) - 128;
+    }
+    if (shifted != (int16_t)shifted || product << 10 < q->window || product >> 30) {
+        return planish_exact_code(sum, word, q);
+    }
+    shifted = (int32_t)(product >> 22) - 128;
+    shifted = shifted < q->low ? q->low : shifted;
+    return shifted > q->high ? q->high : shifted;
 }

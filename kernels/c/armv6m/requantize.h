@@ -14,46 +14,26 @@
 #include <stdint.h>
 
 typedef struct {
-    uint32_t limit;        /* shifted sums beyond it saturate (or, with `fraction` 22, take the exact way) */
-    uint32_t before;       /* the sum is shifted left by it first */
     uint32_t half;         /* added to the product */
     uint32_t window;       /* fractions below it, moved to the top of the word, take the exact way */
-    int32_t exponent;      /* rescale = (word >> 8) * 2^-(exponent + (word & 255)) */
-    int32_t zero_point, low, high;
-    int32_t fraction;      /* bits of fraction of the product: 23 where the lowest code is the zero point, else 22 */
+    uint32_t limit;        /* shifted sums beyond it saturate (or, with `fraction` 22, take the exact way) */
+    int16_t zero_point, low, high;
+    uint8_t before;        /* the sum is shifted left by it first */
+    uint8_t exponent;      /* rescale = (word >> 8) * 2^-(exponent + (word & 255)) */
+    uint8_t fraction;      /* bits of fraction of the product: 23 where the lowest code is the zero point, else 22 */
 } planish_scale;
+
+/* The code of a sum: one product where that is enough. */
+int32_t planish_code(int32_t sum, uint32_t word, const planish_scale *scale);
 
 /* The code of a sum, computed in full. */
 int32_t planish_exact_code(int32_t sum, uint32_t word, const planish_scale *scale);
 
-/* The code of a sum: one product where that is enough. */
-static inline int32_t planish_code(int32_t sum, uint32_t word, const planish_scale *q)
-{
-    int32_t shifted = (int32_t)((uint32_t)sum << q->before) >> (word & 255u);
-    uint32_t product;
-    if (q->fraction == 23) {
-        if ((uint32_t)shifted > q->limit) {
-            return shifted < 0 ? q->low : q->high;
-        }
-        product = (uint32_t)shifted * (word >> 16) + q->half;
-        if (product >> 31) {
-            return q->high;
-        }
-        if (product << 9 < q->window) {
-            return planish_exact_code(sum, word, q);
-        }
-        return (int32_t)(product >> 23) - 128;
-    }
-    if (shifted != (int16_t)shifted) {
-        return planish_exact_code(sum, word, q);
-    }
-    product = (uint32_t)shifted * (word >> 16) + q->half;
-    if (product << 10 < q->window || product >> 30) {
-        return planish_exact_code(sum, word, q);
-    }
-    shifted = (int32_t)(product >> 22) - 128;
-    shifted = shifted < q->low ? q->low : shifted;
-    return shifted > q->high ? q->high : shifted;
-}
+/* loops that are not worth more code */
+#if defined(__clang__)
+#define PLANISH_SMALL_LOOP _Pragma("clang loop unroll(disable) vectorize(disable)")
+#else
+#define PLANISH_SMALL_LOOP
+#endif
 
 #endif

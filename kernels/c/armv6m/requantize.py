@@ -140,14 +140,14 @@ def words(rescale: Array, largest: Array, zero_point: int, low: int, high: int) 
     if window >= 2**31:
         return None
     fields = {
-        "limit": (1 << 16) - (1 << 7) - 1,
-        "before": g,
         "half": half,
         "window": window,
-        "exponent": 23 + base - g,
+        "limit": (1 << 16) - (1 << 7) - 1,
         "zero_point": zero_point,
         "low": low,
         "high": high,
+        "before": g,
+        "exponent": 23 + base - g,
         "fraction": bits,
     }
     return Scale(word.astype(np.uint32), fields)
