@@ -189,7 +189,23 @@ def original(name: str) -> str:
 
 def split(stage: Stage, grid: tuple[int, int]) -> Graph:
     """The graph with the stage in rows x columns patches; all its other tensors, its inputs and outputs are the same."""
+    return split_with_origins(stage, grid)[0]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a tensor of a patched graph is a part of."""
+
+    map: str
+    """the tensor of the graph without patches"""
+    patch: int | None
+    """row by row; None for tensors that all patches share"""
+
+
+def split_with_origins(stage: Stage, grid: tuple[int, int]) -> tuple[Graph, dict[str, Origin]]:
+    """The same, and for every tensor of the patches where it comes from."""
     graph = stage.graph
+    origins: dict[str, Origin] = {}
     whole_rows = grid[1] == 1
     made: list[Node] = []
     before: Tensor | None = None
@@ -208,11 +224,13 @@ def split(stage: Stage, grid: tuple[int, int]) -> Graph:
                     slot = f"{tensor.name} for {node.name} {k}"
                     made.append(_cut(source, held[tensor.name], wanted, f"{slot}{mark}", slot, whole_rows))
                     source = made[-1].output
+                    origins[source.name] = Origin(tensor.name, None if tensor.name in stage.inputs else i)
                 inputs.append(source)
             name = node.output.name
             output = replace(node.output, name=f"{name}{mark}", shape=box.shape(node.output.shape[1]))
             made.append(_on_patch(node, f"{node.name}{mark}", tuple(inputs), output, box))
             tensors[name], held[name] = output, box
+            origins[output.name] = Origin(name, None if name == stage.output.name else i)
         block = tensors[stage.output.name]
         last = i == len(patches) - 1
         after = stage.output if last else replace(stage.output, name=f"{stage.output.name} after{mark}")
@@ -220,8 +238,10 @@ def split(stage: Stage, grid: tuple[int, int]) -> Graph:
         first = patch.rows[0], patch.columns[0]
         made.append(Node("paste", f"{stage.output.name}{mark} paste", given, after, {"first": first}))
         before = after
+        origins[after.name] = Origin(stage.output.name, None)
     inside = {n.name for n in stage.nodes}
-    return replace(graph, nodes=(*made, *(n for n in graph.nodes if n.name not in inside)))
+    rest = tuple(n for n in graph.nodes if n.name not in inside)
+    return replace(graph, nodes=(*made, *rest)), origins
 
 
 def _cut(source: Tensor, held: Box, wanted: Box, name: str, slot: str, view: bool) -> Node:

@@ -16,13 +16,14 @@ from __future__ import annotations
 import numpy as np
 
 from . import elementwise, integer
-from .op import Array, Call, FloatOp, Node, Op
+from .op import Array, Call, FloatOp, Node, Op, Unsupported
 
 
 class Add(Op):
     """Add of two activations, or of an activation and a constant."""
 
     onnx_types = ("Add",)
+    packed = True
 
     def parse(self, node: FloatOp) -> Node | None:
         """See Op."""
@@ -43,9 +44,34 @@ class Add(Op):
     def call(self, node: Node) -> Call:
         """See Op."""
         ratio_a, ratio_b, fixed = factors(node)
-        return elementwise.call(
-            node, "add", {"ratio_a": float(ratio_a), "ratio_b": float(ratio_b), "fixed": float(fixed)}
-        )
+        numbers = {"ratio_a": float(ratio_a), "ratio_b": float(ratio_b), "fixed": float(fixed)}
+        if any(t.bits < 8 for t in (*node.inputs, node.output)):
+            return _packed(node, numbers)
+        return elementwise.call(node, "add", numbers)
+
+
+def _packed(node: Node, numbers: dict[str, float]) -> Call:
+    """The C call for codes of fewer than 8 bits in any operand."""
+    y = node.output
+    if any(t.shape != y.shape for t in node.inputs) or len(node.inputs) != 2:
+        raise Unsupported("its codes are packed; two activations of the output's shape are supported then")
+    a, b = node.inputs
+    return Call(
+        kernel="add_packed",
+        sources=("add.c",),
+        fields={
+            "size": y.size,
+            **numbers,
+            "low": node.attributes["low"],
+            "high": node.attributes["high"],
+            "a_bits": a.bits,
+            "b_bits": b.bits,
+            "y_bits": y.bits,
+        },
+        arrays={},
+        overlap=0 if y.bits <= a.bits else None,
+        in_place=tuple(i for i, t in enumerate((a, b)) if t.bits == y.bits),
+    )
 
 
 def factors(node: Node) -> tuple[np.float32, np.float32, np.float32]:

@@ -26,6 +26,7 @@ class Conv2d(Op):
     """Conv with groups == 1, or with groups that are not depthwise."""
 
     onnx_types = ("Conv",)
+    packed = True
 
     def parse(self, node: FloatOp) -> Node | None:
         """See Op. Weight (out, in / groups, kh, kw)."""
@@ -66,7 +67,7 @@ class Conv2d(Op):
         shape = window.of(node)
         _, channels, height, width = node.inputs[0].shape
         _, _, rows, columns = node.output.shape
-        direct = shape.kernel == (1, 1) and shape.pads == (0, 0, 0, 0)
+        direct = shape.kernel == (1, 1) and shape.pads == (0, 0, 0, 0) and node.inputs[0].bits == 8
         return Call(
             kernel="pointwise_conv2d" if direct else "conv2d",
             sources=("conv2d.c",),
@@ -83,6 +84,8 @@ class Conv2d(Op):
                 "y_zero_point": node.output.zero_point,
                 "low": node.attributes["low"],
                 "high": node.attributes["high"],
+                "x_bits": node.inputs[0].bits,
+                "y_bits": node.output.bits,
             },
             arrays={
                 "weight": np.ascontiguousarray(weight.transpose(0, 2, 3, 1)),

@@ -18,6 +18,7 @@ class DepthwiseConv2d(Op):
     """Conv with as many groups as input channels."""
 
     onnx_types = ("Conv",)
+    packed = True
 
     def parse(self, node: FloatOp) -> Node | None:
         """See Op. Weight (channels * multiplier, 1, kh, kw)."""
@@ -62,6 +63,8 @@ class DepthwiseConv2d(Op):
                 "y_zero_point": node.output.zero_point,
                 "low": node.attributes["low"],
                 "high": node.attributes["high"],
+                "x_bits": node.inputs[0].bits,
+                "y_bits": node.output.bits,
             },
             arrays={
                 "weight": np.ascontiguousarray(weight[:, 0].transpose(1, 2, 0)),

@@ -22,6 +22,7 @@ class FullyConnected(Op):
     """Gemm, MatMul with a constant second operand."""
 
     onnx_types = ("Gemm", "MatMul")
+    packed = True
 
     def parse(self, node: FloatOp) -> Node | None:
         """See Op. Input (1, [rows,] in), weight (in, out), or (out, in) with transB."""
@@ -67,8 +68,9 @@ class FullyConnected(Op):
     def call(self, node: Node) -> Call:
         """See Op."""
         outputs, depth = node.constants["weight"].shape
+        packed = node.inputs[0].bits < 8
         return Call(
-            kernel="fully_connected",
+            kernel="fully_connected_packed" if packed else "fully_connected",
             sources=("fully_connected.c",),
             fields={
                 "rows": math.prod(node.inputs[0].shape[:-1]),
@@ -77,6 +79,8 @@ class FullyConnected(Op):
                 "y_zero_point": node.output.zero_point,
                 "low": node.attributes["low"],
                 "high": node.attributes["high"],
+                "x_bits": node.inputs[0].bits,
+                "y_bits": node.output.bits,
             },
             arrays={
                 "weight": node.constants["weight"],
@@ -89,5 +93,6 @@ class FullyConnected(Op):
                 "bias": f"out {outputs}; with x_zero_point folded in",
                 "rescale": f"out {outputs}; x_scale * w_scale / y_scale",
             },
+            scratch=depth if packed else 0,
             overlap=overlap.of_rows(node),
         )

@@ -136,6 +136,8 @@ class Op(abc.ABC):
 
     onnx_types: ClassVar[tuple[str, ...]]
     """ONNX op types that may become this op"""
+    packed: ClassVar[bool] = False
+    """whether `call` takes activations of 4 and 2 bits"""
 
     @abc.abstractmethod
     def parse(self, node: FloatOp) -> Node | None:

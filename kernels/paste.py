@@ -22,6 +22,7 @@ class Paste(Op):
     """
 
     onnx_types: ClassVar[tuple[str, ...]] = ()
+    packed = True
 
     def parse(self, node: FloatOp) -> Node | None:
         """Never: no ONNX node means this."""

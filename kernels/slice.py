@@ -13,6 +13,7 @@ class Slice(Op):
     """Slice with constant bounds; steps may be negative. The batch stays whole."""
 
     onnx_types = ("Slice",)
+    packed = True
 
     def parse(self, node: FloatOp) -> Node | None:
         """See Op."""
@@ -61,7 +62,7 @@ class Slice(Op):
         x, a = node.inputs[0], node.attributes
         box = layout.block(x.shape, x.bits, a["first"], node.output.shape)
         if box is not None and set(a["step"]) == {1} and not node.constants:
-            return layout.copy_block(node.output.shape[2], box[1], box[::2], (0, box[1]))
+            return layout.copy_block(node.output.shape[2], box[1], (box[0], box[2]), (0, box[1]))
         strides = layout.strides(x.shape)
         offset = sum(f * s for f, s in zip(a["first"], strides, strict=True))
         return layout.strided_copy(node, offset, [t * s for t, s in zip(a["step"], strides, strict=True)])

@@ -5,7 +5,8 @@
  */
 #include "planish.h"
 
-static void gather(const planish_conv2d_layer *l, const int8_t *x, int32_t pixel, int32_t depth, int8_t *window)
+static void gather(const planish_conv2d_layer *l, const int8_t *x, int32_t group, int32_t pixel, int32_t depth,
+                   int8_t *window)
 {
     int32_t top = pixel / l->out_width * l->stride_height - l->pad_top;
     int32_t left = pixel % l->out_width * l->stride_width - l->pad_left;
@@ -16,9 +17,15 @@ static void gather(const planish_conv2d_layer *l, const int8_t *x, int32_t pixel
         for (j = 0; j < l->kernel_width; j++) {
             int32_t column = left + j * l->dilation_width;
             if (row >= 0 && row < l->in_height && column >= 0 && column < l->in_width) {
-                const int8_t *source = x + (row * l->in_width + column) * l->in_channels;
-                for (c = 0; c < depth; c++) {
-                    window[c] = source[c];
+                int32_t first = (row * l->in_width + column) * l->in_channels + group * depth;
+                if (l->x_bits < 8) {
+                    for (c = 0; c < depth; c++) {
+                        window[c] = (int8_t)planish_unpack(x, first + c, l->x_bits);
+                    }
+                } else {
+                    for (c = 0; c < depth; c++) {
+                        window[c] = x[first + c];
+                    }
                 }
             } else {
                 for (c = 0; c < depth; c++) {
@@ -31,15 +38,24 @@ static void gather(const planish_conv2d_layer *l, const int8_t *x, int32_t pixel
 }
 
 /* without scratch a window is the pixel itself: a 1 x 1 kernel without padding */
-static inline const int8_t *window_of(const planish_conv2d_layer *l, const int8_t *x, int32_t pixel, int32_t depth,
-                                      int8_t *scratch)
+static inline const int8_t *window_of(const planish_conv2d_layer *l, const int8_t *x, int32_t group, int32_t pixel,
+                                      int32_t depth, int8_t *scratch)
 {
     if (scratch) {
-        gather(l, x, pixel, depth, scratch);
+        gather(l, x, group, pixel, depth, scratch);
         return scratch;
     }
-    return x + (pixel / l->out_width * l->stride_height * l->in_width + pixel % l->out_width * l->stride_width)
+    return x + group * depth + (pixel / l->out_width * l->stride_height * l->in_width + pixel % l->out_width * l->stride_width)
                    * l->in_channels;
+}
+
+static inline void store(const planish_conv2d_layer *l, int8_t *y, int32_t pixel, int32_t o, int8_t code)
+{
+    if (l->y_bits < 8) {
+        planish_pack(y, pixel * l->out_channels + o, l->y_bits, code);
+    } else {
+        y[pixel * l->out_channels + o] = code;
+    }
 }
 
 static int32_t sum_of(const int8_t *window, int32_t size)
@@ -62,12 +78,11 @@ static inline void convolve(const planish_conv2d_layer *l, const int8_t *x, int8
     int32_t group, pixel, o, k;
 
     for (group = 0; group < l->groups; group++) {
-        const int8_t *x_group = x + group * depth;
         for (pixel = 0; pixel < pixels; pixel += 2) {
             /* an odd pixel or output at the end is computed twice */
             int32_t second = pixel + 1 < pixels ? pixel + 1 : pixel;
-            const int8_t *a = window_of(l, x_group, pixel, depth, scratch);
-            const int8_t *b = second == pixel ? a : window_of(l, x_group, second, depth, scratch ? scratch + size : scratch);
+            const int8_t *a = window_of(l, x, group, pixel, depth, scratch);
+            const int8_t *b = second == pixel ? a : window_of(l, x, group, second, depth, scratch ? scratch + size : scratch);
             int32_t sum_a = l->weight_zero_point ? sum_of(a, size) : 0;
             int32_t sum_b = l->weight_zero_point ? sum_of(b, size) : 0;
             for (o = group * outputs; o < (group + 1) * outputs; o += 2) {
@@ -87,10 +102,10 @@ static inline void convolve(const planish_conv2d_layer *l, const int8_t *x, int8
                     aw -= l->weight_zero_point[next] * sum_a;
                     bw -= l->weight_zero_point[next] * sum_b;
                 }
-                y[pixel * l->out_channels + o] = planish_requantize(av, l->rescale[o], low, high, l->y_zero_point);
-                y[pixel * l->out_channels + next] = planish_requantize(aw, l->rescale[next], low, high, l->y_zero_point);
-                y[second * l->out_channels + o] = planish_requantize(bv, l->rescale[o], low, high, l->y_zero_point);
-                y[second * l->out_channels + next] = planish_requantize(bw, l->rescale[next], low, high, l->y_zero_point);
+                store(l, y, pixel, o, planish_requantize(av, l->rescale[o], low, high, l->y_zero_point));
+                store(l, y, pixel, next, planish_requantize(aw, l->rescale[next], low, high, l->y_zero_point));
+                store(l, y, second, o, planish_requantize(bv, l->rescale[o], low, high, l->y_zero_point));
+                store(l, y, second, next, planish_requantize(bw, l->rescale[next], low, high, l->y_zero_point));
             }
         }
     }

@@ -63,7 +63,7 @@ static inline void block(const planish_depthwise_conv2d_layer *l, const int8_t *
     sum[3] = sum3;
 }
 
-/* the same for one output channel, any multiplier and weight zero point */
+/* the same for one output channel, any multiplier, weight zero point and width of the codes */
 static int32_t single(const planish_depthwise_conv2d_layer *l, const int8_t *x, const taps_t *t, int32_t o)
 {
     int32_t channel = o / l->multiplier;
@@ -75,7 +75,8 @@ static int32_t single(const planish_depthwise_conv2d_layer *l, const int8_t *x, 
         int32_t row = t->top + i * l->dilation_height;
         for (j = t->column_begin; j < t->column_end; j++) {
             int32_t column = t->left + j * l->dilation_width;
-            int32_t code = x[(row * l->in_width + column) * l->in_channels + channel];
+            int32_t at = (row * l->in_width + column) * l->in_channels + channel;
+            int32_t code = l->x_bits < 8 ? planish_unpack(x, at, l->x_bits) : x[at];
             int32_t weight = l->weight[(i * l->kernel_width + j) * outputs + o];
             sum += (code - l->x_zero_point) * (weight - weight_zero_point);
         }
@@ -86,7 +87,7 @@ static int32_t single(const planish_depthwise_conv2d_layer *l, const int8_t *x, 
 void planish_depthwise_conv2d(const planish_depthwise_conv2d_layer *l, const int8_t *x, int8_t *y)
 {
     int32_t outputs = l->in_channels * l->multiplier;
-    int32_t blocked = l->multiplier == 1 && !l->weight_zero_point ? outputs / BLOCK * BLOCK : 0;
+    int32_t blocked = l->multiplier == 1 && !l->weight_zero_point && l->x_bits == 8 && l->y_bits == 8 ? outputs / BLOCK * BLOCK : 0;
     float low = (float)(l->low - l->y_zero_point);
     float high = (float)(l->high - l->y_zero_point);
     int32_t row, column, o, c;
@@ -112,9 +113,16 @@ void planish_depthwise_conv2d(const planish_depthwise_conv2d_layer *l, const int
                 }
             }
             for (; o < outputs; o++) {
-                y[o] = planish_requantize(single(l, x, &t, o), l->rescale[o], low, high, l->y_zero_point);
+                int8_t code = planish_requantize(single(l, x, &t, o), l->rescale[o], low, high, l->y_zero_point);
+                if (l->y_bits < 8) {
+                    planish_pack(y, (row * l->out_width + column) * outputs + o, l->y_bits, code);
+                } else {
+                    y[o] = code;
+                }
             }
-            y += outputs;
+            if (l->y_bits == 8) {
+                y += outputs;
+            }
         }
     }
 }

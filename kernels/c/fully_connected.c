@@ -3,7 +3,16 @@
 
 enum { BLOCK = 4 };
 
-void planish_fully_connected(const planish_fully_connected_layer *l, const int8_t *x, int8_t *y)
+static inline void store(const planish_fully_connected_layer *l, int8_t *y, int32_t at, int8_t code)
+{
+    if (l->y_bits < 8) {
+        planish_pack(y, at, l->y_bits, code);
+    } else {
+        y[at] = code;
+    }
+}
+
+static inline void multiply(const planish_fully_connected_layer *l, const int8_t *x, int8_t *y, int8_t *scratch)
 {
     int32_t size = l->in_features;
     float low = (float)(l->low - l->y_zero_point);
@@ -11,10 +20,16 @@ void planish_fully_connected(const planish_fully_connected_layer *l, const int8_
     int32_t row, o, i, k;
 
     for (row = 0; row < l->rows; row++) {
+        const int8_t *codes = scratch ? scratch : x + row * size;
         int32_t total = 0;
+        if (scratch) {
+            for (k = 0; k < size; k++) {
+                scratch[k] = (int8_t)planish_unpack(x, row * size + k, l->x_bits);
+            }
+        }
         if (l->weight_zero_point) {
             for (k = 0; k < size; k++) {
-                total += x[k];
+                total += codes[k];
             }
         }
         for (o = 0; o < l->out_features; o += BLOCK) {
@@ -24,10 +39,10 @@ void planish_fully_connected(const planish_fully_connected_layer *l, const int8_
             if (count == BLOCK) {
                 int32_t sum0 = 0, sum1 = 0, sum2 = 0, sum3 = 0;
                 for (k = 0; k < size; k++) {
-                    sum0 += x[k] * weight[k];
-                    sum1 += x[k] * weight[size + k];
-                    sum2 += x[k] * weight[2 * size + k];
-                    sum3 += x[k] * weight[3 * size + k];
+                    sum0 += codes[k] * weight[k];
+                    sum1 += codes[k] * weight[size + k];
+                    sum2 += codes[k] * weight[2 * size + k];
+                    sum3 += codes[k] * weight[3 * size + k];
                 }
                 sum[0] = sum0;
                 sum[1] = sum1;
@@ -36,7 +51,7 @@ void planish_fully_connected(const planish_fully_connected_layer *l, const int8_
             } else {
                 for (i = 0; i < count; i++) {
                     for (k = 0; k < size; k++) {
-                        sum[i] += x[k] * weight[i * size + k];
+                        sum[i] += codes[k] * weight[i * size + k];
                     }
                 }
             }
@@ -45,10 +60,19 @@ void planish_fully_connected(const planish_fully_connected_layer *l, const int8_
                 if (l->weight_zero_point) {
                     whole -= l->weight_zero_point[o + i] * total;
                 }
-                y[o + i] = planish_requantize(whole, l->rescale[o + i], low, high, l->y_zero_point);
+                store(l, y, row * l->out_features + o + i, planish_requantize(whole, l->rescale[o + i], low, high, l->y_zero_point));
             }
         }
-        x += size;
-        y += l->out_features;
     }
+}
+
+void planish_fully_connected(const planish_fully_connected_layer *layer, const int8_t *x, int8_t *y)
+{
+    multiply(layer, x, y, 0);
+}
+
+void planish_fully_connected_packed(const planish_fully_connected_packed_layer *layer, const int8_t *x, int8_t *y,
+                                    int8_t *scratch)
+{
+    multiply(layer, x, y, scratch);
 }

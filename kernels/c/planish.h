@@ -81,22 +81,40 @@ static inline void planish_copy(const int8_t *table, const int8_t *x, int8_t *y,
     }
 }
 
+/* Code i of packed codes: `bits` (8, 4 or 2) bits each, the first in the lowest bits of its byte. */
+static inline int32_t planish_unpack(const int8_t *x, int32_t i, int32_t bits)
+{
+    int32_t bit = i * bits;
+    int32_t sign = 1 << (bits - 1);
+    int32_t code = ((uint8_t)x[bit >> 3] >> (bit & 7)) & (2 * sign - 1);
+    return (code ^ sign) - sign;
+}
+
+/* Sets code i of packed codes; the others of its byte stay. */
+static inline void planish_pack(int8_t *y, int32_t i, int32_t bits, int32_t code)
+{
+    int32_t bit = i * bits;
+    int32_t mask = ((1 << bits) - 1) << (bit & 7);
+    int32_t others = (uint8_t)y[bit >> 3] & ~mask;
+    y[bit >> 3] = (int8_t)(uint8_t)(others | ((code * (1 << (bit & 7))) & mask));
+}
+
 /* ---- layers; low and high are the bounds of the output's codes ---- */
 
 typedef struct {
     int32_t in_height, in_width, in_channels, out_height, out_width, out_channels, groups;
     int32_t kernel_height, kernel_width, stride_height, stride_width, dilation_height, dilation_width, pad_top, pad_left;
-    int32_t x_zero_point, y_zero_point, low, high;
+    int32_t x_zero_point, y_zero_point, low, high, x_bits, y_bits;
     const int8_t *weight;             /* (out_channels, kernel_height, kernel_width, in_channels / groups) */
     const int32_t *bias;              /* (out_channels), less x_zero_point * sum of weights */
     const float *rescale;             /* (out_channels) */
     const int32_t *weight_zero_point; /* (out_channels), optional */
 } planish_conv2d_layer;
 
-/* scratch: 2 * kernel_height * kernel_width * in_channels / groups bytes, for the windows of two pixels */
+/* scratch: 2 * kernel_height * kernel_width * in_channels / groups bytes, for the windows of two pixels; bits: of packed codes */
 void planish_conv2d(const planish_conv2d_layer *layer, const int8_t *x, int8_t *y, int8_t *scratch);
 
-/* a 1 x 1 kernel without padding, which needs no scratch */
+/* a 1 x 1 kernel without padding on codes of 8 bits, which needs no scratch */
 typedef planish_conv2d_layer planish_pointwise_conv2d_layer;
 
 void planish_pointwise_conv2d(const planish_pointwise_conv2d_layer *layer, const int8_t *x, int8_t *y);
@@ -104,7 +122,7 @@ void planish_pointwise_conv2d(const planish_pointwise_conv2d_layer *layer, const
 typedef struct {
     int32_t in_height, in_width, in_channels, out_height, out_width, multiplier;
     int32_t kernel_height, kernel_width, stride_height, stride_width, dilation_height, dilation_width, pad_top, pad_left;
-    int32_t x_zero_point, y_zero_point, low, high;
+    int32_t x_zero_point, y_zero_point, low, high, x_bits, y_bits;
     const int8_t *weight;             /* (kernel_height, kernel_width, in_channels * multiplier) */
     const int32_t *bias;              /* (in_channels * multiplier) */
     const int32_t *folded_bias;       /* bias less x_zero_point * sum of weights */
@@ -115,7 +133,7 @@ typedef struct {
 void planish_depthwise_conv2d(const planish_depthwise_conv2d_layer *layer, const int8_t *x, int8_t *y);
 
 typedef struct {
-    int32_t rows, in_features, out_features, y_zero_point, low, high;
+    int32_t rows, in_features, out_features, y_zero_point, low, high, x_bits, y_bits;
     const int8_t *weight;             /* (out_features, in_features) */
     const int32_t *bias;              /* (out_features), less x_zero_point * sum of weights */
     const float *rescale;             /* (out_features) */
@@ -123,6 +141,12 @@ typedef struct {
 } planish_fully_connected_layer;
 
 void planish_fully_connected(const planish_fully_connected_layer *layer, const int8_t *x, int8_t *y);
+
+/* the same for packed inputs; scratch: in_features bytes, for a row of codes */
+typedef planish_fully_connected_layer planish_fully_connected_packed_layer;
+
+void planish_fully_connected_packed(const planish_fully_connected_packed_layer *layer, const int8_t *x, int8_t *y,
+                                    int8_t *scratch);
 
 /* element i of a meets element i % operand_size of b */
 typedef struct {
@@ -139,6 +163,15 @@ typedef struct {
     int32_t low, high;
     const int8_t *operand; /* b, (operand_size) */
 } planish_add_constant_layer;
+
+/* the same for packed codes of equally many elements */
+typedef struct {
+    int32_t size;
+    float ratio_a, ratio_b, fixed;
+    int32_t low, high, a_bits, b_bits, y_bits;
+} planish_add_packed_layer;
+
+void planish_add_packed(const planish_add_packed_layer *layer, const int8_t *a, const int8_t *b, int8_t *y);
 
 void planish_add_constant(const planish_add_constant_layer *layer, const int8_t *a, int8_t *y);
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import ClassVar
 
 from ...common import plugins
-from ..op import Call, Node, Op
+from ..op import Call, Node, Op, Unsupported
 
 
 class Version(abc.ABC):
@@ -41,4 +41,7 @@ def choose(ops: Mapping[str, Op], node: Node, features: Iterable[str]) -> Call:
         call = version.call(node)
         if call is not None:
             return call
+    narrow = [t for t in (*node.inputs, node.output) if t.bits < 8]
+    if narrow and not ops[node.op].packed:
+        raise Unsupported(f"'{node.name}' ({node.op}) takes codes of 8 bits; '{narrow[0].name}' has {narrow[0].bits}")
     return ops[node.op].call(node)
