@@ -61,6 +61,12 @@ def folded_bias(node: Node) -> Array:
     return folded.astype(np.int32)
 
 
+def bits(weight: Array) -> int:
+    """The least of 8, 4 and 2 that holds all codes: two's complement of so many bits."""
+    low, high = int(weight.min()), int(weight.max())
+    return next(b for b in (2, 4, 8) if low >= -(1 << b - 1) and high < 1 << b - 1)
+
+
 def optional_zero_point(constants: Mapping[str, Array]) -> dict[str, Array]:
     """{'weight_zero_point': ...} for the C layer, left out (a null pointer) when all are 0."""
     zero = constants["weight_zero_point"]

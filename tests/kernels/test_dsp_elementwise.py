@@ -102,6 +102,21 @@ def between(bench: Any, rng: np.random.Generator, x: Tensor, y: Tensor) -> Node:
     )
 
 
+@pytest.mark.parametrize("width", [4, 2])
+def test_mean_of_narrow_activations(width: int, bench: Any, tmp_path: Path) -> None:
+    rng = np.random.default_rng(width)
+    wide = Tensor("x", (1, 8, 5, 3), np.float32(0.05), 3)
+    narrow = Tensor("y", wide.shape, np.float32(0.05 * 2 ** (8 - width)), -1, width)
+    first = between(bench, rng, wide, narrow)
+    mean = Tensor("mean", (1, 8, 1, 1), np.float32(0.04), 2)
+    pool = Node("global_average_pool", "pool", (narrow,), mean, {"low": -128, "high": 127})
+    assert kernel(pool) == "dsp_global_average_pool"
+    inputs = bench.random_inputs(rng, first, 1)
+    made = bench.on_device((first, pool), [inputs], TARGET, tmp_path)
+    codes = ops()[first.op].reference(first, *inputs)
+    np.testing.assert_array_equal(made.codes[0], ops()[pool.op].reference(pool, codes))
+
+
 @pytest.mark.parametrize("widths", [(4, 4, 4), (2, 2, 2), (4, 2, 8), (8, 8, 2), (2, 8, 4)])
 def test_add_of_narrow_activations(widths: tuple[int, int, int], bench: Any, tmp_path: Path) -> None:
     rng = np.random.default_rng(sum(widths))

@@ -59,7 +59,7 @@ class DepthwiseConv2d(Version):
         scratch = GROUP * (kh * g.row_bytes + RECORD_BYTES + 4 * turns * max(kw - 1, 1))
         scratch += 0 if bits[1] == 8 else GROUP * g.out[1]
         kernel = weight[:, 0].transpose(0, 2, 1) if g.turned else weight[:, 0]  # (c, kh, kw)
-        width = _bits(weight)
+        width = weights.bits(weight)
         scale = SCALE.get(width, 1)
         bias = weights.folded_bias(node) * np.int32(scale)
         rescale = node.constants["rescale"] / np.float32(scale)
@@ -176,12 +176,6 @@ def pack(weight: Array, width: int) -> Array:
     return np.ascontiguousarray(packed.transpose(0, 2, 1)).view("<u4").reshape(-1).astype(np.uint32)
 
 
-def _bits(weight: Array) -> int:
-    """The least of 8, 4 and 2 bits that hold all codes."""
-    low, high = int(weight.min()), int(weight.max())
-    return next(b for b in (2, 4, 8) if low >= -(1 << b - 1) and high < 1 << b - 1)
-
-
 def _sums(kernel: Array, bias: Array) -> tuple[Array, Array]:
     """int64 (channels,) twice: the least and the most that sums with the bias can be; kernel (channels, kh, kw)."""
     taps = kernel.reshape(len(bias), -1).astype(np.int64)
@@ -193,7 +187,7 @@ def _in_reach(node: Node) -> bool:
     """Whether no sum can leave int32, scaled or not, whatever the input: codes are saturated after rounding."""
     weight = node.constants["weight"]
     least, most = _sums(weight[:, 0].astype(np.int64), weights.folded_bias(node).astype(np.int64))
-    reach = np.maximum(-least, most) * SCALE.get(_bits(weight), 1)
+    reach = np.maximum(-least, most) * SCALE.get(weights.bits(weight), 1)
     return bool((reach < 2**31).all() and (reach * node.constants["rescale"].astype(np.float64) < 2**30).all())
 
 

@@ -1,4 +1,5 @@
-/* Mean of each channel over all pixels. Four channels are added at a time, as two words of two 16-bit sums. */
+/* Mean of each channel over all pixels. Four channels are added at a time, as two words of two 16-bit sums. Compiled for inputs of
+ * X_BITS, which are 8 where channels are no multiple of 4. */
 #include "dsp/halves.h"
 #include "dsp/pools.h"
 
@@ -11,8 +12,8 @@ static inline int8_t code_of(const planish_dsp_global_average_pool_layer *l, int
     return (int8_t)(code > l->high ? l->high : code);
 }
 
-/* sums of four channels over all pixels */
-static inline void add_words(const int8_t *x, int32_t pixels, int32_t channels, int32_t *sum)
+/* sums of four channels over all pixels, `step` bytes apart */
+static inline void add_words(const int8_t *x, int32_t pixels, int32_t step, int32_t *sum)
 {
     sum[0] = sum[1] = sum[2] = sum[3] = 0;
     while (pixels > 0) {
@@ -20,10 +21,10 @@ static inline void add_words(const int8_t *x, int32_t pixels, int32_t channels, 
         uint32_t even = 0, odd = 0;
         pixels -= count;
         for (; count > 0; count--) {
-            uint32_t word = planish_load_word(x);
+            uint32_t word = planish_unpack_four(x, X_BITS);
             even = planish_add_even_bytes(even, word);
             odd = planish_add_odd_bytes(odd, word);
-            x += channels;
+            x += step;
         }
         sum[0] += (int16_t)even;
         sum[1] += (int16_t)odd;
@@ -32,14 +33,14 @@ static inline void add_words(const int8_t *x, int32_t pixels, int32_t channels, 
     }
 }
 
-void planish_dsp_global_average_pool(const planish_dsp_global_average_pool_layer *l, const int8_t *x, int8_t *y)
+void PLANISH_KERNEL(const planish_dsp_global_average_pool_layer *l, const int8_t *x, int8_t *y)
 {
     int32_t channel = 0, pixel, i;
     if (l->channels % 4 == 0) {
         PLANISH_ROLLED
         for (; channel < l->channels; channel += 4) {
             int32_t sum[4];
-            add_words(x + channel, l->pixels, l->channels, sum);
+            add_words(x + channel * X_BITS / 8, l->pixels, l->channels * X_BITS / 8, sum);
             for (i = 0; i < 4; i++) {
                 y[channel + i] = code_of(l, sum[i]);
             }

@@ -14,7 +14,7 @@ REACH = 2**30
 
 
 class GlobalAveragePool(Version):
-    """Every size that the portable version takes."""
+    """Every size that the portable version takes, and inputs of 4 and 2 bits with a multiple of 4 channels."""
 
     op = "global_average_pool"
     features = ("dsp", "fpu")
@@ -23,8 +23,14 @@ class GlobalAveragePool(Version):
         """See Version."""
         x = node.inputs[0]
         reach = 256 * math.prod(x.shape[2:]) * float(global_average_pool.factor(node))
-        if max(x.bits, node.output.bits) != 8 or reach >= REACH:
+        if node.output.bits != 8 or (x.bits != 8 and x.shape[1] % 4) or reach >= REACH:
             return None
         made = global_average_pool.GlobalAveragePool().call(node)
-        source = "dsp/global_average_pool.c"
-        return replace(made, kernel="dsp_global_average_pool", sources=(source,), headers=("dsp/pools.h",))
+        return replace(
+            made,
+            kernel="dsp_global_average_pool",
+            sources=(),
+            headers=("dsp/pools.h",),
+            template="dsp/global_average_pool.c",
+            defines={"X_BITS": x.bits},
+        )

@@ -8,7 +8,6 @@ typedef planish_global_average_pool_layer planish_dsp_global_average_pool_layer;
 typedef planish_average_pool_layer planish_dsp_average_pool_layer;
 typedef planish_max_pool_layer planish_dsp_max_pool_layer;
 
-void planish_dsp_global_average_pool(const planish_dsp_global_average_pool_layer *layer, const int8_t *x, int8_t *y);
 void planish_dsp_average_pool(const planish_dsp_average_pool_layer *layer, const int8_t *x, int8_t *y);
 void planish_dsp_max_pool(const planish_dsp_max_pool_layer *layer, const int8_t *x, int8_t *y);
 
