@@ -89,12 +89,6 @@ def order(bits: int, count: int) -> Array:
     return (np.arange(0, count, len(one))[:, None] + one).reshape(-1)
 
 
-def width(rows: Array) -> int:
-    """The least of 8, 4 and 2 bits that holds all weights."""
-    low, high = int(rows.min()), int(rows.max())
-    return next(b for b in (2, 4, 8) if low >= -(1 << b - 1) and high < 1 << b - 1)
-
-
 def outputs_of(node: Node, rows: Array) -> tuple[Array, Array, Array]:
     """Bias (out,), factors (out,) and whether an output depends on its input at all.
 
@@ -112,7 +106,7 @@ def outputs_of(node: Node, rows: Array) -> tuple[Array, Array, Array]:
 
 def _form(w: Array, bias: Array, factor: Array) -> str:
     """The narrowest form that is exact for weights (out, depth), bias (out,) and factors (out,)."""
-    narrow = width(w)
+    narrow = weights.bits(w)
     ends = [np.abs(bias + pick(-128 * w, 127 * w).sum(axis=1)) for pick in (np.minimum, np.maximum)]
     reach = np.maximum(*ends)
     for form in (str(narrow), "4_far"):

@@ -40,7 +40,7 @@
     FRAME                                  \
     "add r7, r1, r4, lsl #2\n"             \
     "rsb r4, r4, #0\n"                     \
-    "ubfx r4, r4, #1, #2\n"                \
+    "ubfx r4, r4, #1, #3\n"                \
     ENTRY(BYTES)
 
 /* the sums of both columns' activations, which narrow weights' bias is multiplied with; follows PRODUCT_ENTER */
@@ -79,14 +79,14 @@
     "2:\n"                         \
     ".rept 8\n"
 
-/* four rounds of what follows */
+/* the same for one column */
 #define ROW_GROUP                  \
     "1:\n"                         \
     "ldmia r0!, {r4-r7}\n"         \
     "ldmia.w sp, {r1, pc}\n"       \
     ".p2align 2\n"                 \
     "2:\n"                         \
-    ".rept 4\n"
+    ".rept 8\n"
 
 #define LOOP                       \
     ".endr\n"                      \
