@@ -117,6 +117,25 @@ def test_mean_of_narrow_activations(width: int, bench: Any, tmp_path: Path) -> N
     np.testing.assert_array_equal(made.codes[0], ops()[pool.op].reference(pool, codes))
 
 
+@pytest.mark.parametrize("width", [4, 2])
+def test_maximum_of_narrow_activations(width: int, bench: Any, tmp_path: Path) -> None:
+    rng = np.random.default_rng(width)
+    wide = Tensor("x", (1, 8, 5, 3), np.float32(0.05), 3)
+    narrow = Tensor("y", wide.shape, np.float32(0.05 * 2 ** (8 - width)), -1, width)
+    first = between(bench, rng, wide, narrow)
+    window = {"kernel": (2, 2), "stride": (1, 1), "dilation": (1, 1), "pads": (1, 1, 0, 0)}
+    largest = Tensor("largest", narrow.shape, narrow.scale, -1, width)
+    pool = Node("max_pool", "pool", (narrow,), largest, window)
+    assert kernel(pool) == "dsp_max_pool"
+    last = between(bench, rng, largest, Tensor("out", wide.shape, np.float32(0.05), 0))
+    inputs = bench.random_inputs(rng, first, 1)
+    made = bench.on_device((first, pool, last), [inputs], TARGET, tmp_path)
+    codes = inputs[0]
+    for node in (first, pool, last):
+        codes = ops()[node.op].reference(node, codes)
+    np.testing.assert_array_equal(made.codes[0], codes)
+
+
 @pytest.mark.parametrize("widths", [(4, 4, 4), (2, 2, 2), (4, 2, 8), (8, 8, 2), (2, 8, 4)])
 def test_add_of_narrow_activations(widths: tuple[int, int, int], bench: Any, tmp_path: Path) -> None:
     rng = np.random.default_rng(sum(widths))

@@ -10,14 +10,21 @@ from ..version import Version
 
 
 class MaxPool(Version):
-    """Every window that the portable version takes."""
+    """Every window that the portable version takes, and codes of 4 and 2 bits with a multiple of 4 channels."""
 
     op = "max_pool"
     features = ("dsp",)
 
     def call(self, node: Node) -> Call | None:
         """See Version."""
-        if max(node.inputs[0].bits, node.output.bits) != 8:
+        x, y = node.inputs[0], node.output
+        if min(x.bits, y.bits) < 8 and x.shape[1] % 4:
             return None
-        made = max_pool.MaxPool().call(node)
-        return replace(made, kernel="dsp_max_pool", sources=("dsp/max_pool.c",), headers=("dsp/pools.h",))
+        return replace(
+            max_pool.MaxPool().call(node),
+            kernel="dsp_max_pool",
+            sources=(),
+            headers=("dsp/pools.h",),
+            template="dsp/max_pool.c",
+            defines={"X_BITS": x.bits, "Y_BITS": y.bits},
+        )

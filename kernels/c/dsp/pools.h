@@ -9,7 +9,6 @@ typedef planish_average_pool_layer planish_dsp_average_pool_layer;
 typedef planish_max_pool_layer planish_dsp_max_pool_layer;
 
 void planish_dsp_average_pool(const planish_dsp_average_pool_layer *layer, const int8_t *x, int8_t *y);
-void planish_dsp_max_pool(const planish_dsp_max_pool_layer *layer, const int8_t *x, int8_t *y);
 
 /* the part of a window along one axis that lies inside the image: taps `first` to `end` - 1, the first one at `position` */
 typedef struct {
