@@ -21,7 +21,7 @@ class Conv2d(Version):
         """See Version."""
         if node.attributes["groups"] != 1 or node.constants["weight_zero_point"].any():
             return None
-        if max(node.inputs[0].bits, node.output.bits) != 8:
+        if min(node.inputs[0].bits, node.output.bits) != 8:
             return None
         sums = requantize.of(node)
         outputs, depth, kh, kw = node.constants["weight"].shape

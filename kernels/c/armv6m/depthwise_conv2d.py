@@ -37,7 +37,7 @@ class DepthwiseConv2d(Version):
         channels = node.inputs[0].shape[1]
         if len(weight) != channels or node.constants["weight_zero_point"].any() or shape.dilation != (1, 1):
             return None
-        if max(node.inputs[0].bits, node.output.bits) != 8 or max(shape.kernel) > MOST_TAPS:
+        if min(node.inputs[0].bits, node.output.bits) != 8 or max(shape.kernel) > MOST_TAPS:
             return None
         sums = requantize.of(node)
         possible = [g for g in (_geometry(node, False), _geometry(node, True)) if g.possible]

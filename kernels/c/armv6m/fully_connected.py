@@ -59,7 +59,7 @@ class FullyConnected(Version):
 
     def call(self, node: Node) -> Call | None:
         """See Version."""
-        if node.constants["weight_zero_point"].any() or max(node.inputs[0].bits, node.output.bits) != 8:
+        if node.constants["weight_zero_point"].any() or min(node.inputs[0].bits, node.output.bits) != 8:
             return None
         rows = prod(node.inputs[0].shape[:-1])
         if rows > 1:

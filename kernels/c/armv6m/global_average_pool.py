@@ -21,7 +21,7 @@ class GlobalAveragePool(Version):
     def call(self, node: Node) -> Call | None:
         """See Version."""
         x, y = node.inputs[0], node.output
-        if max(x.bits, y.bits) != 8:
+        if min(x.bits, y.bits) != 8:
             return None
         _, channels, height, width = x.shape
         pixels, a = height * width, node.attributes

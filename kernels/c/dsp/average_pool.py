@@ -26,7 +26,7 @@ class AveragePool(Version):
         """See Version."""
         x, y = node.inputs[0], node.output
         reach = 256 * float(x.scale) / float(y.scale)
-        if max(x.bits, y.bits) != 8 or reach >= REACH:
+        if min(x.bits, y.bits) != 8 or reach >= REACH:
             return None
         made = average_pool.AveragePool().call(node)
         return replace(made, kernel="dsp_average_pool", sources=("dsp/average_pool.c",), headers=("dsp/pools.h",))

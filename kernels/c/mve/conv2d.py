@@ -34,7 +34,7 @@ class Conv2d(Version):
         if (
             node.attributes["groups"] != 1
             or node.constants["weight_zero_point"].any()
-            or max(node.inputs[0].bits, node.output.bits) != 8
+            or min(node.inputs[0].bits, node.output.bits) != 8
         ):
             return None
         shape = window.of(node)

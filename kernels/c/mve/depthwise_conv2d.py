@@ -41,7 +41,7 @@ class DepthwiseConv2d(Version):
             or kh > ROWS
             or kw > COLUMNS
             or shape.stride[1] > 7  # the gathering load's offset
-            or max(node.inputs[0].bits, node.output.bits) != 8
+            or min(node.inputs[0].bits, node.output.bits) != 8
         ):
             return None
         tiled = shape.stride == (1, 1) and max(kh, kw) <= 3 and min(out_height, out_width) >= 2

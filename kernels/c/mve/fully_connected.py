@@ -25,7 +25,7 @@ class FullyConnected(Version):
 
     def call(self, node: Node) -> Call | None:
         """See Version."""
-        if node.constants["weight_zero_point"].any() or max(node.inputs[0].bits, node.output.bits) != 8:
+        if node.constants["weight_zero_point"].any() or min(node.inputs[0].bits, node.output.bits) != 8:
             return None
         weight = node.constants["weight"]  # (out, in)
         outputs, depth = weight.shape

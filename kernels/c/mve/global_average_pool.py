@@ -18,7 +18,7 @@ class GlobalAveragePool(Version):
 
     def call(self, node: Node) -> Call | None:
         """See Version."""
-        if max(node.inputs[0].bits, node.output.bits) != 8:
+        if min(node.inputs[0].bits, node.output.bits) != 8:
             return None
         made = global_average_pool.GlobalAveragePool().call(node)
         sources = ("mve/global_average_pool.c",)

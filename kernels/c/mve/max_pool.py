@@ -18,7 +18,7 @@ class MaxPool(Version):
 
     def call(self, node: Node) -> Call | None:
         """See Version."""
-        if max(node.inputs[0].bits, node.output.bits) != 8:
+        if min(node.inputs[0].bits, node.output.bits) != 8:
             return None
         made = max_pool.MaxPool().call(node)
         return replace(made, kernel="mve_max_pool", sources=("mve/max_pool.c",), headers=("mve/pools.h",))
