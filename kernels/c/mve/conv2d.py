@@ -84,9 +84,13 @@ def call_of(node: Node, weight: Array, shape: Window, x: tuple[int, int, int], y
 
 
 def resident(weight: Array) -> int:
-    """Vectors of a window of weights (out, in, kh, kw), when it stays in registers; else 0."""
+    """Vectors of a window of weights (out, in, kh, kw), when it stays in registers; else 0.
+
+    There every weight takes a byte; two vectors of 2-bit weights would cost more flash than they save time.
+    """
     steps = -(-weight[0].size // stream.STEP)
-    return steps if steps in WINDOWS and len(weight) % stream.BLOCK == 0 else 0
+    packed = steps == 2 and int(weight.min()) >= -2 and int(weight.max()) <= 1
+    return steps if steps in WINDOWS and len(weight) % stream.BLOCK == 0 and not packed else 0
 
 
 def together(weight: Array) -> int:

@@ -9,12 +9,20 @@
  *         column, where the height is odd the last two rows of tiles by a row: an output is then computed twice.
  *     else: four outputs of a row, a vector each; PLANISH_STRIDE is the stride along the row.
  *
- * PLANISH_COLUMNS: words of weights a channel. PLANISH_CLAMP: the codes' bounds are not those of int8.
+ * PLANISH_COLUMNS: columns of weights, a word each. PLANISH_NARROW: weights of 4 bits and no fourth row, a halfword each: rows 0, 2, 1 from bit
+ * 4 on; two words a channel. PLANISH_CLAMP: the codes' bounds are not those of int8.
  */
 #include "mve/bytes.h"
 #include "mve/depthwise_conv2d.h"
 
 enum { CHANNELS = 16, PITCH = 4 * CHANNELS };
+
+/* words of a channel's bias, rescale and weights */
+#ifdef PLANISH_NARROW
+enum { RECORD = 4 };
+#else
+enum { RECORD = 2 + PLANISH_COLUMNS };
+#endif
 
 #ifdef PLANISH_TILES
 enum { TILE_HEIGHT = 2, TILE_WIDTH = 2, COLUMN_STEP = 1, STEP_BYTES = 2 * PITCH };
@@ -83,6 +91,22 @@ static inline void interleave(const int8_t *const *rows, const int32_t *steps, i
 
 #define TEXT_OF(x) #x
 #define TEXT(x) TEXT_OF(x)
+
+#ifdef PLANISH_NARROW
+/* a weight to the upper half of its byte, then down with its sign */
+#define LOAD_WEIGHTS              \
+    "mov r6, r12\n"           \
+    "add r12, r12, #8\n"      \
+    "vpst\n"                  \
+    "vldrht.u32 q1, [r6]\n"   \
+    "vshl.i32 q2, q1, #12\n"     \
+    "vorr q1, q1, q2\n"          \
+    "vshr.s8 q1, q1, #4\n"
+#else
+#define LOAD_WEIGHTS \
+    "vpst\n"         \
+    "vldrwt.u32 q1, [r12], #4*" TEXT(PLANISH_COLUMNS) "\n"
+#endif
 
 #ifdef PLANISH_CLAMP
 #define SATURATE                \
@@ -178,8 +202,7 @@ static inline void convolve(strip_t *strip)
         PREDICATE
         "ldrd r5, r8, [r12], #8\n"
         "ldrd r0, r3, [r11]\n"
-        "vpst\n"
-        "vldrwt.u32 q1, [r12], #4*" TEXT(PLANISH_COLUMNS) "\n"
+        LOAD_WEIGHTS
         "vldrw.u32 q7, [r11, #64]\n"
         "vadd.i32 q7, q7, r0\n"
         "adds r0, r0, #4\n"
@@ -224,15 +247,24 @@ static inline void interleave(const int8_t *const *rows, const int32_t *steps, i
     }
 }
 
+static int32_t weight_of(const uint32_t *record, int32_t column, int32_t row)
+{
+#ifdef PLANISH_NARROW
+    int32_t place = row == 0 ? 4 : row == 1 ? 12 : 8, half = ((const uint16_t *)(record + 2))[column];
+    return row == 3 ? 0 : ((half >> place & 15) ^ 8) - 8;
+#else
+    return ((const int8_t *)(record + 2 + column))[row];
+#endif
+}
+
 static int8_t code_of(const strip_t *s, const int8_t *words, int32_t row, const uint32_t *record)
 {
     union { uint32_t i; float f; } rescale;
     int32_t sum = (int32_t)record[0], column, i;
     rescale.i = record[1];
     for (column = 0; column < PLANISH_COLUMNS; column++) {
-        const int8_t *weight = (const int8_t *)(record + 2 + column);
         for (i = 0; i + row < 4; i++) {
-            sum += words[column * PITCH + i + row] * weight[i];
+            sum += words[column * PITCH + i + row] * weight_of(record, column, i);
         }
     }
     return planish_requantize(sum, rescale.f, (float)(s->low - s->zero_point), (float)(s->high - s->zero_point),
@@ -243,7 +275,7 @@ static inline void convolve(strip_t *s)
 {
     int32_t channel, tile, row, column;
     for (channel = 0; channel < s->channels; channel++) {
-        const uint32_t *record = s->weight + channel * (2 + PLANISH_COLUMNS);
+        const uint32_t *record = s->weight + channel * RECORD;
         for (tile = 0; tile < s->rows; tile++) {
             for (row = 0; row < TILE_HEIGHT; row++) {
                 const int8_t *words = s->x + STEP_BYTES + tile * s->x_pitch + channel * 4;
@@ -335,7 +367,7 @@ void PLANISH_KERNEL(const planish_mve_depthwise_conv2d_layer *l, const int8_t *x
             s.x = scratch - STEP_BYTES;
             s.y = y + out_row * s.y_pitch + first;
             s.rows = rows;
-            s.weight = l->weight + first * (2 + PLANISH_COLUMNS);
+            s.weight = l->weight + first * RECORD;
             s.channels = count;
             convolve(&s);
         }

@@ -9,7 +9,7 @@ typedef struct {
     int32_t kernel_height, kernel_width, stride_height, stride_width, pad_top, pad_left;
     int32_t x_zero_point, y_zero_point, low, high;
     int32_t strip;          /* rows of tiles that are in scratch together */
-    const uint32_t *weight; /* (channels, 2 + columns): bias, rescale, then a word for every column of the kernel */
+    const uint32_t *weight; /* for every channel bias, rescale, and the columns of the kernel */
 } planish_mve_depthwise_conv2d_layer;
 
 #endif

@@ -56,6 +56,9 @@ class DepthwiseConv2d(Version):
         words = 3 if tiled else kw
         defines = {"PLANISH_COLUMNS": words, "PLANISH_TILES": int(tiled), "PLANISH_ODD": int(tiled and out_width % 2)}
         defines["PLANISH_STRIDE"] = 0 if tiled else shape.stride[1]
+        low, high = int(weight.min()), int(weight.max())
+        narrow = kh < ROWS and low >= -8 and high <= 7
+        defines["PLANISH_NARROW"] = int(narrow)
         defines["PLANISH_CLAMP"] = int((node.attributes["low"], node.attributes["high"]) != (-128, 127))
         return Call(
             kernel="mve_depthwise_conv2d",
@@ -81,7 +84,9 @@ class DepthwiseConv2d(Version):
                 "high": node.attributes["high"],
                 "strip": strip,
             },
-            arrays={"weight": records(weight[:, 0], weights.folded_bias(node), node.constants["rescale"], words)},
+            arrays={
+                "weight": records(weight[:, 0], weights.folded_bias(node), node.constants["rescale"], words, narrow)
+            },
             comments={
                 "weight": f"channels {channels}: bias, rescale, a word for every column of the {kh} x {kw} kernel"
             },
@@ -90,10 +95,17 @@ class DepthwiseConv2d(Version):
         )
 
 
-def records(weight: Array, bias: Array, rescale: Array, columns: int) -> Array:
-    """uint32 (channels, 2 + columns): bias, rescale, and the columns' words, for `weight` int8 (channels, kh, kw)."""
+def records(weight: Array, bias: Array, rescale: Array, columns: int, narrow: bool) -> Array:
+    """uint32 (channels, words): bias, rescale and the columns' weights, for `weight` int8 (channels, kh, kw)."""
     channels, kh, kw = weight.shape
-    words = np.zeros((channels, columns, ROWS), np.int8)
-    words[:, :kw, :kh] = weight.transpose(0, 2, 1)
-    parts = [bias.astype(np.int32)[:, None], rescale.astype(np.float32)[:, None], words.view(np.uint32)[:, :, 0]]
+    codes = np.zeros((channels, columns, ROWS), np.int8)
+    codes[:, :kw, :kh] = weight.transpose(0, 2, 1)
+    if narrow:  # a halfword a column: rows 0, 2 and 1 from bit 4 on
+        halves = np.zeros((channels, COLUMNS), np.uint16)
+        for place, row in ((4, 0), (8, 2), (12, 1)):
+            halves[:, :columns] |= (codes[:, :, row].astype(np.uint16) & 15) << place
+        packed = halves.view(np.uint32)
+    else:
+        packed = codes.view(np.uint32)[:, :, 0]
+    parts = [bias.astype(np.int32)[:, None], rescale.astype(np.float32)[:, None], packed]
     return np.concatenate([p.view(np.uint32) for p in parts], axis=1)
