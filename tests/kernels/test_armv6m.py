@@ -316,3 +316,9 @@ def test_global_average_pool(bench: Any, tmp_path: Path) -> None:
     found = [extreme_range(n, i) for i, n in enumerate(found)]
     assert {kernel(n) for n in found} == {"armv6m_global_average_pool"}
     bench.equal_reference(found, TARGET, tmp_path)
+
+
+def test_softmax(bench: Any, tmp_path: Path) -> None:
+    found = [bench.node_of("softmax", e) for e in bench.examples("softmax")]
+    assert {kernel(n) for n in found} == {"armv6m_softmax"}
+    bench.equal_reference(found, TARGET, tmp_path)

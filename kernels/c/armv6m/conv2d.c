@@ -1,4 +1,4 @@
-/* The outputs of two pixels (pairs.h), for one kind of weights. Constants: WEIGHT_BITS and TAPS of a chunk (8 bits: 2, 4 or 8;
+/* The outputs of two pixels (pairs.h), for one kind of weights. Constants: WEIGHT_BITS and TAPS of a chunk (8 bits: 2, 3, 4 or 8;
  * 4 bits: 8; 2 bits: 16), EXTRA (there are extra chunks), SKIPS (chunks are no multiple of UNROLL), and those of code.h.
  */
 #include "armv6m/conv2d.h"
@@ -9,6 +9,10 @@
 #define UNROLL 8
 #define CHUNK_CODE 20 /* bytes of CHUNK's instructions */
 #define EXPAND planish_armv6m_expand_8x2
+#elif TAPS == 3
+#define UNROLL 8
+#define CHUNK_CODE 26
+#define EXPAND planish_armv6m_expand_8x3
 #elif TAPS == 4
 #define UNROLL 8
 #define CHUNK_CODE 32
@@ -40,6 +44,8 @@ void PLANISH_KERNEL(const planish_armv6m_conv2d_layer *l, const int8_t *x, int8_
 #define TAP(x, k) "ldrb r2, [r1, #" #k "]\n muls " x ", r2\n adds r3, " x "\n"
 #if TAPS == 2
 #define CHUNK(k) "ldmia r0!, {r3, r4, r5}\n" TAP("r4", 2*k) TAP("r5", 2*k+1) SPLIT
+#elif TAPS == 3
+#define CHUNK(k) "ldmia r0!, {r3, r4, r5, r6}\n" TAP("r4", 3*k) TAP("r5", 3*k+1) TAP("r6", 3*k+2) SPLIT
 #elif TAPS == 4
 #define CHUNK(k)                                                                                                       \
     "ldmia r0!, {r3, r4, r5, r6, r7}\n" TAP("r4", 4*k) TAP("r5", 4*k+1) TAP("r6", 4*k+2) TAP("r7", 4*k+3) SPLIT

@@ -27,7 +27,7 @@ class Conv2d(Version):
         outputs, depth, kh, kw = node.constants["weight"].shape
         if sums is None:
             return None
-        chunks = pairs.best(sums.weight.transpose(0, 2, 3, 1).reshape(outputs, -1))
+        chunks = pairs.best(sums.weight.transpose(0, 2, 3, 1).reshape(outputs, -1), depth)
         if chunks is None:
             return None
         shape = window.of(node)

@@ -51,29 +51,47 @@ static void gather(const planish_armv6m_conv2d_layer *l, const int8_t *x, const 
     }
 }
 
+static int8_t *fill_codes(int8_t *to, int32_t count, int32_t code)
+{
+    PLANISH_SMALL_LOOP
+    for (; count > 0; count--) {
+        *to++ = (int8_t)code;
+    }
+    return to;
+}
+
+static int8_t *copy_codes(int8_t *to, const int8_t *from, int32_t count)
+{
+    const int8_t *end = from + count;
+    PLANISH_SMALL_LOOP
+    while (from != end) {
+        *to++ = *from++;
+    }
+    return to;
+}
+
 /* other numbers of channels: the window in a row first */
 static void window(const planish_armv6m_conv2d_layer *l, const int8_t *x, const place_t *p, int8_t *to)
 {
-    int32_t depth = l->in_channels, i, j, c;
+    int32_t depth = l->in_channels, width = l->dilation_width == 1 ? l->kernel_width : 1, zero = l->x_zero_point, i, j;
     PLANISH_SMALL_LOOP
     for (i = 0; i < l->kernel_height; i++) {
         int32_t row = p->top + i * l->dilation_height;
-        int32_t inside = l->dilation_width == 1 && (uint32_t)row < (uint32_t)l->in_height && p->left >= 0
-                         && p->left + l->kernel_width <= l->in_width;
-        if (inside) {
-            const int8_t *source = x + (row * l->in_width + p->left) * depth;
-            for (c = l->kernel_width * depth; c > 0; c--) {
-                *to++ = *source++;
-            }
+        if ((uint32_t)row >= (uint32_t)l->in_height) {
+            to = fill_codes(to, l->kernel_width * depth, zero);
             continue;
         }
         PLANISH_SMALL_LOOP
-        for (j = 0; j < l->kernel_width; j++) {
-            const int8_t *source = tap(l, x, row, p->left + j * l->dilation_width, 0);
-            PLANISH_SMALL_LOOP
-            for (c = 0; c < depth; c++) {
-                *to++ = source ? source[c] : (int8_t)l->x_zero_point;
+        for (j = 0; j < l->kernel_width; j += width) { /* runs of neighbouring columns, or one column */
+            int32_t left = p->left + j * l->dilation_width, right = left + width;
+            int32_t begin = left < 0 ? 0 : left, end = right > l->in_width ? l->in_width : right;
+            if (begin >= end) {
+                to = fill_codes(to, width * depth, zero);
+                continue;
             }
+            to = fill_codes(to, (begin - left) * depth, zero);
+            to = copy_codes(to, x + (row * l->in_width + begin) * depth, (end - begin) * depth);
+            to = fill_codes(to, (right - end) * depth, zero);
         }
     }
 }

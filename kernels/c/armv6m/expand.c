@@ -27,6 +27,7 @@
 #define LESS7(b) LESS(b, 1) LESS(b, 2) LESS(b, 3) LESS(b, 4) LESS(b, 5) LESS(b, 6) LESS(b, 7)
 #define LESS15(b) LESS7(b) LESS(b, 8) LESS(b, 9) LESS(b, 10) LESS(b, 11) LESS(b, 12) LESS(b, 13) LESS(b, 14) LESS(b, 15)
 EXPAND(planish_armv6m_expand_8x2, 8, 2, WHOLE(1))
+EXPAND(planish_armv6m_expand_8x3, 8, 3, WHOLE(1) WHOLE(2))
 EXPAND(planish_armv6m_expand_8x4, 8, 4, WHOLE3)
 EXPAND(planish_armv6m_expand_8x8, 8, 8, WHOLE7)
 EXPAND(planish_armv6m_expand_4x8, 4, 8, LESS7(4))
@@ -55,6 +56,7 @@ static int32_t *expand(const int8_t *a, const int8_t *b, int32_t *to, int32_t ch
         return expand(a, b, to, chunks, bits, taps);                                                                   \
     }
 EXPAND(planish_armv6m_expand_8x2, 8, 2)
+EXPAND(planish_armv6m_expand_8x3, 8, 3)
 EXPAND(planish_armv6m_expand_8x4, 8, 4)
 EXPAND(planish_armv6m_expand_8x8, 8, 8)
 EXPAND(planish_armv6m_expand_4x8, 4, 8)

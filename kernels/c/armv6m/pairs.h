@@ -41,6 +41,7 @@ typedef struct {
 
 /* chunks of words from the codes of two pixels; the end of them */
 int32_t *planish_armv6m_expand_8x2(const int8_t *a, const int8_t *b, int32_t *to, int32_t chunks);
+int32_t *planish_armv6m_expand_8x3(const int8_t *a, const int8_t *b, int32_t *to, int32_t chunks);
 int32_t *planish_armv6m_expand_8x4(const int8_t *a, const int8_t *b, int32_t *to, int32_t chunks);
 int32_t *planish_armv6m_expand_8x8(const int8_t *a, const int8_t *b, int32_t *to, int32_t chunks);
 int32_t *planish_armv6m_expand_4x8(const int8_t *a, const int8_t *b, int32_t *to, int32_t chunks);

@@ -8,16 +8,18 @@ import numpy as np
 
 from ...op import Array
 
-TAPS = {8: (2, 4, 8), 4: (8,), 2: (16,)}
+TAPS = {8: (2, 3, 4, 8), 4: (8,), 2: (16,)}
 """of a chunk, by the bits of a weight; narrow weights fill one word"""
-UNROLL = {2: 8, 4: 8, 8: 4, 16: 2}
+UNROLL = {2: 8, 3: 8, 4: 8, 8: 4, 16: 2}
 """chunks in the loop, by taps"""
-COST = {2: 10, 4: 16, 8: 29, 16: 55}
+COST = {2: 10, 3: 13, 4: 16, 8: 29, 16: 55}
 """instructions of a chunk"""
 EXTRA_COST = 15
 """instructions that an extra chunk takes beside its own"""
 EXTRA_CHECK = 6
 """instructions for every output where there are extra chunks"""
+STAGED = 14
+"""instructions for every input of two windows that go through scratch code by code"""
 MOST_CHUNKS = 255
 """that an extra chunk's index can name"""
 
@@ -107,13 +109,17 @@ def parts(chunk: Array) -> list[Array]:
     return [*parts(half), *parts(chunk - half)]
 
 
-def best(rows: Array) -> Chunks | None:
-    """The chunks with the fewest instructions for weights int8 (out, k)."""
+def best(rows: Array, depth: int) -> Chunks | None:
+    """The chunks with the fewest instructions for weights int8 (out, k) of pixels with `depth` channels."""
     width = bits(rows)
     if width < 8:
         return narrow(rows, width)
+
+    def cost(c: Chunks) -> float:
+        return instructions(c, len(rows)) + (STAGED * rows.shape[1] if depth % c.taps else 0)
+
     found = [c for c in (split(rows, taps) for taps in TAPS[8]) if c is not None]
-    return min(found, key=lambda c: instructions(c, len(rows)), default=None)
+    return min(found, key=cost, default=None)
 
 
 def instructions(chunks: Chunks, outputs: int) -> float:
