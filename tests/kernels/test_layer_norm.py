@@ -54,8 +54,8 @@ def test_square_root_without_an_instruction_is_the_rounded_one(compiler, tmp_pat
 
     folder = contract.__file__.rpartition("/")[0] + "/c"
     (tmp_path / "root.c").write_text(
-        '#include "layer_norm.c"\n'
-        "void roots(const float *x, float *y, int n) { int i; for (i = 0; i < n; i++) y[i] = square_root(x[i]); }\n"
+        '#include "square_root.h"\n'
+        "void roots(const float *x, float *y, int n) { int i; for (i = 0; i < n; i++) y[i] = planish_square_root(x[i]); }\n"
     )
     command = [compiler, "-O2", "-shared", "-fPIC", f"-I{folder}", str(tmp_path / "root.c"), "-o", str(tmp_path / "r.so")]  # fmt: skip
     subprocess.run(command, check=True)
@@ -83,3 +83,18 @@ def test_what_it_does_not_take_is_said(bench):
     ):
         with pytest.raises(Unsupported, match=words):
             op.parse(bench.made("LayerNormalization", inputs, y, attributes))
+
+
+def test_with_smlad(bench, tmp_path):
+    """Rows of whole words on a Cortex-M4, and plain C of the same code here."""
+    from planish.kernels.c import version
+    from planish.kernels.op import ops
+    from planish.targets import target as targets
+
+    rng = np.random.default_rng(0)
+    nodes = [example(bench, rng, size, scale) for size, scale in ((4, 0.01), (64, 0.03), (300, 1.0), (1000, 0.002))]
+    kernels = [version.choose(ops(), n, targets.load("stm32f446").features).kernel for n in nodes]
+    assert set(kernels) == {"dsp_layer_norm"}
+    odd = example(bench, rng, 7, 0.1)
+    assert version.choose(ops(), odd, targets.load("stm32f446").features).kernel == "layer_norm"
+    bench.equal_reference([*nodes, odd], "stm32f446", tmp_path)
