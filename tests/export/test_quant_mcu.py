@@ -271,3 +271,21 @@ def test_borders_and_other_ops_keep_8_bits(trained):
     pooled = next(n for n in graph.nodes if n.op == "global_average_pool").inputs[0]
     with pytest.raises(Unsupported, match="8 bits"):
         narrow_maps.apply(graph, {pooled.name: replace(pooled, bits=4, zero_point=-8)})
+
+
+@pytest.mark.parametrize("name", ["stm32f446", "rp2040"])
+def test_same_codes_on_cores(trained, name, tmp_path):
+    """Versions of kernels for a core take narrow maps right, or leave them to the portable ones."""
+    pytest.importorskip("ziglang", reason="ziglang is not installed (extra 'mcu')")
+    pytest.importorskip("unicorn", reason="unicorn is not installed (extra 'mcu')")
+    from planish.export.artifact import Artifact
+    from planish.runtimes.emulator import Emulator
+
+    graph, images, *_ = trained
+    x = {graph.inputs[0].name: images[:1]}
+    searched = found(trained, phi=0.9999, weight=0.515)
+    c.write_project(searched.graph, "tiny", targets.load(name), x, tmp_path, [])
+    with Emulator().open(Artifact(tmp_path, {"format": "c", "target": name}), 1) as session:
+        got = session.run(x)
+    for output, expected in searched.graph.reference(x).items():
+        np.testing.assert_array_equal(got[output], expected)
