@@ -27,7 +27,8 @@ static inline uint32_t tap_of(const uint32_t *weight, uint32_t tap)
 #else
     enum { EACH = 8 / WEIGHT_BITS, MASK = 0x01010101 * ((1 << WEIGHT_BITS) - 1), HALF = 0x01010101 << (WEIGHT_BITS - 1) };
     uint32_t codes = planish_subtract_bytes(weight[tap / EACH] >> tap % EACH * WEIGHT_BITS & MASK, HALF);
-    return WEIGHT_BITS == 2 ? codes << 2 & 0xFCFCFCFCu : codes; /* bias and factor of 2-bit weights are made for 4 times them */
+    /* 4 or 16 times the weights, for which bias and factor are made: SCALE of depthwise_conv2d.py */
+    return WEIGHT_BITS == 4 ? codes << 2 & 0xFCFCFCFCu : codes << 4 & 0xF0F0F0F0u;
 #endif
 }
 

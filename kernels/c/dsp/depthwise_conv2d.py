@@ -24,8 +24,8 @@ LONGEST = 2048
 RECORD_BYTES = 32
 """of a channel's record in the work memory (channel_t), before its weights"""
 
-SCALE = {2: 4}
-"""what weights of a width are multiplied by: their factors would be too large for a multiplier below 2^31"""
+SCALE = {8: 1, 4: 4, 2: 16}
+"""what weights of a width are multiplied by: the factors of narrow ones would be too large for a multiplier below 2^31"""
 
 
 class DepthwiseConv2d(Version):
@@ -60,7 +60,7 @@ class DepthwiseConv2d(Version):
         scratch += 0 if bits[1] == 8 else GROUP * g.out[1]
         kernel = weight[:, 0].transpose(0, 2, 1) if g.turned else weight[:, 0]  # (c, kh, kw)
         width = weights.bits(weight)
-        scale = SCALE.get(width, 1)
+        scale = SCALE[width]
         bias = weights.folded_bias(node) * np.int32(scale)
         rescale = node.constants["rescale"] / np.float32(scale)
         low, high = node.attributes["low"], node.attributes["high"]
@@ -187,7 +187,7 @@ def _in_reach(node: Node) -> bool:
     """Whether no sum can leave int32, scaled or not, whatever the input: codes are saturated after rounding."""
     weight = node.constants["weight"]
     least, most = _sums(weight[:, 0].astype(np.int64), weights.folded_bias(node).astype(np.int64))
-    reach = np.maximum(-least, most) * SCALE.get(weights.bits(weight), 1)
+    reach = np.maximum(-least, most) * SCALE[weights.bits(weight)]
     return bool((reach < 2**31).all() and (reach * node.constants["rescale"].astype(np.float64) < 2**30).all())
 
 
