@@ -171,7 +171,7 @@ def extreme_range(node: Node, index: int) -> Node:
 def convolutions(bench: Any, bits: int) -> list[Node]:
     rng = np.random.default_rng(7)
     found: list[Node] = []
-    for i, shape in enumerate(CONVOLUTIONS):
+    for i, shape in enumerate(CONVOLUTIONS[:: 1 if bits == 8 else 2]):
         bounds = {"low": 0.0, "high": 6.0} if i % 3 == 0 else {}
         found.append(extreme(bench.node_of("conv2d", bench.convolution(rng, **shape, **bounds)), bits, i + bits))
     return found
@@ -225,7 +225,7 @@ DEPTHWISE: list[dict[str, Any]] = [
 def depthwise(bench: Any, bits: int) -> list[Node]:
     rng = np.random.default_rng(8)
     found: list[Node] = []
-    for i, shape in enumerate(DEPTHWISE):
+    for i, shape in enumerate(DEPTHWISE[:: 1 if bits == 8 else 3]):
         bounds = {"low": 0.0, "high": 6.0} if i % 3 == 0 else {}
         node = bench.node_of(
             "depthwise_conv2d", bench.convolution(rng, o=shape["c"], group=shape["c"], **shape, **bounds)

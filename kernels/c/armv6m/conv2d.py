@@ -10,6 +10,9 @@ from .. import overlap
 from ..version import Version
 from . import pairs, requantize
 
+MOST = 2**15 - 1
+"""what a dimension may be: the layer struct holds 16 bits"""
+
 
 class Conv2d(Version):
     """Dense convolutions whose weights have no zero point."""
@@ -33,6 +36,8 @@ class Conv2d(Version):
         shape = window.of(node)
         _, _, height, width = node.inputs[0].shape
         _, _, rows, columns = node.output.shape
+        if max(height, width, depth, rows, columns, outputs, chunks.count) > MOST:
+            return None
         whole = depth % chunks.taps == 0
         padded = shape.kernel != (1, 1) or shape.pads != (0, 0, 0, 0)
         behind = (depth if padded else 0) if whole else 2 * chunks.taps * chunks.count

@@ -1,12 +1,49 @@
 /* Channels of a depthwise convolution, their rows as words of two pixels (depthwise_conv2d.c). */
 #include "armv6m/depthwise_conv2d.h"
 
+/* words of pairs of pixels until `end`, `step` bytes between pixels; a and b are the codes before them */
+#if defined(__ARM_ARCH_6M__)
+/* r0 before the pixels, r1 step, r2 to, r4 a, r5 and r6 pixels, r7 2 * step, r12 b, lr end */
+#define LOOP(name, words)                                                                                              \
+    __attribute__((naked, noinline)) static void name(const int8_t *x __attribute__((unused)), int32_t step __attribute__((unused)), \
+                                                      int32_t *to __attribute__((unused)), int32_t *end __attribute__((unused)), \
+                                                      int32_t a __attribute__((unused)), int32_t b __attribute__((unused))) \
+    {                                                                                                                  \
+        __asm__(".syntax unified\n"                                                                                    \
+                "push {r4, r5, r6, r7, lr}\n ldr r4, [sp, #20]\n ldr r5, [sp, #24]\n mov r12, r5\n mov lr, r3\n"       \
+                "subs r0, r0, r1\n adds r7, r1, r1\n"                                                                  \
+                "1: ldrsb r5, [r0, r1]\n ldrsb r6, [r0, r7]\n adds r0, r7\n" words "cmp r2, lr\n bne 1b\n"            \
+                "pop {r4, r5, r6, r7, pc}\n");                                                                         \
+    }
+LOOP(pairs_of_neighbours, "lsls r3, r5, #16\n adds r4, r3\n lsls r3, r6, #16\n adds r5, r3\n stmia r2!, {r4, r5}\n mov r4, r6\n")
+LOOP(pairs_two_apart, "lsls r3, r5, #16\n adds r3, r4\n lsls r4, r6, #16\n add r4, r12\n stmia r2!, {r3, r4}\n"
+                      "mov r12, r6\n mov r4, r5\n")
+#else
+static void pairs_of_neighbours(const int8_t *x, int32_t step, int32_t *to, int32_t *end, int32_t a, int32_t b)
+{
+    (void)b;
+    for (; to != end; x += step) {
+        *to++ = (int32_t)((uint32_t)a + ((uint32_t)*x << 16));
+        a = *x;
+    }
+}
+
+static void pairs_two_apart(const int8_t *x, int32_t step, int32_t *to, int32_t *end, int32_t a, int32_t b)
+{
+    for (; to != end; x += step) {
+        *to++ = (int32_t)((uint32_t)a + ((uint32_t)*x << 16));
+        a = b;
+        b = *x;
+    }
+}
+#endif
+
 /* the words of a row of one channel, `size` of them; as many as the column stride before them are written too */
 static void words_of(const planish_armv6m_depthwise_conv2d_layer *l, const int8_t *x, int32_t *to, int32_t size)
 {
     int32_t step = l->in_column_step, two = l->column_stride == 2, left = l->pad_columns, zero = l->x_zero_point;
     int32_t inside = size + l->column_stride - left;
-    const int32_t *end = to + size;
+    int32_t *end = to + size, *middle;
     uint32_t a = (uint32_t)zero, b = a, upper = a << 16;
     to -= l->column_stride;
     inside = inside < l->in_columns ? inside : l->in_columns;
@@ -14,28 +51,21 @@ static void words_of(const planish_armv6m_depthwise_conv2d_layer *l, const int8_
     for (; left > 0; left--) {
         *to++ = (int32_t)(a + upper);
     }
-    PLANISH_SMALL_LOOP
-    for (; inside >= 2; inside -= 2) {
-        uint32_t first = (uint32_t)x[0], second = (uint32_t)x[step];
-        x += 2 * step;
-        to[0] = (int32_t)(a + (first << 16));
-        if (two) {
-            to[1] = (int32_t)(b + (second << 16));
-            a = first;
-            b = second;
-        } else {
-            to[1] = (int32_t)(first + (second << 16));
-            a = second;
-        }
-        to += 2;
+    middle = to + (inside & ~1);
+    if (middle > to) {
+        (two ? pairs_two_apart : pairs_of_neighbours)(x, step, to, middle, zero, zero);
+        to = middle;
+        x += (inside & ~1) * step;
+        b = (uint32_t)x[-step];
+        a = two ? (uint32_t)x[-2 * step] : b;
     }
-    b = two ? b : (uint32_t)zero;
-    if (inside > 0) {
+    if (inside & 1) {
         uint32_t last = (uint32_t)*x;
         *to++ = (int32_t)(a + (last << 16));
         a = two ? b : last;
-        b = two ? last : b;
+        b = last;
     }
+    b = two ? b : (uint32_t)zero;
     PLANISH_SMALL_LOOP
     while (to < end) {
         *to++ = (int32_t)(a + upper);

@@ -20,6 +20,8 @@ MOST_TAPS = 5
 """of a kernel, in either direction"""
 MOST_SCRATCH = 4096
 """bytes of rows"""
+MOST = 2**15 - 1
+"""what a dimension may be: the layer struct holds 16 bits"""
 ROW_COST, PAIR_COST, PIXEL_COST = 110, 110, 8
 """instructions for a row of outputs, two outputs and an input, about"""
 
@@ -41,7 +43,7 @@ class DepthwiseConv2d(Version):
             return None
         sums = requantize.of(node)
         possible = [g for g in (_geometry(node, False), _geometry(node, True)) if g.possible]
-        if sums is None or not possible:
+        if sums is None or not possible or channels > MOST:
             return None
         g = min(possible, key=lambda g: g.cost)
         kernel = sums.weight[:, 0].transpose(0, 2, 1) if g.turned else sums.weight[:, 0]  # (c, kh, kw)
@@ -115,7 +117,8 @@ class _Geometry:
     @property
     def possible(self) -> bool:
         """Whether the code takes it."""
-        return self.stride[1] <= 2 and self.scratch <= MOST_SCRATCH
+        rows = max(*self.size, *self.out, *self.pads, *self.stride)
+        return self.stride[1] <= 2 and self.scratch <= MOST_SCRATCH and rows <= MOST
 
     @property
     def early(self) -> bool:
