@@ -74,7 +74,7 @@ def _on_the_host(folder: Path, facts: dict[str, Any]) -> None:
     """The form without instructions gives the same codes (the project's own test), and nothing for the sanitizers to find."""
     if shutil.which("clang") is None:
         return
-    flags = ["-std=c99", "-O1", "-ffp-contract=off", "-Wall", "-Wextra", "-Wpedantic", "-Werror", "-I.", "-Ikernels"]
+    flags = ["-std=c99", "-O0", "-ffp-contract=off", "-Wall", "-Wextra", "-Wpedantic", "-Werror", "-I.", "-Ikernels"]
     flags += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     sources = [*facts["sources"], f"{facts['name']}_test.c"]
     done = subprocess.run(

@@ -55,7 +55,7 @@ def call_of(node: Node, weight: Array, shape: Window, x: tuple[int, int, int], y
         words, form = stream.resident(packed), {"PLANISH_STEPS": steps}
     else:
         packed = stream.blocks(node, rows, stream.WINDOW_LEVELS)
-        words, form = stream.windows(packed), {}
+        words, form = stream.windows(packed), _loop(rows.shape[1]) if packed.bits == 8 else {}
     pointwise = is_pointwise(shape)
     return Call(
         kernel="mve_conv2d",
@@ -96,6 +96,16 @@ def resident(weight: Array) -> int:
 def together(weight: Array) -> int:
     """Output pixels that are computed together."""
     return WINDOWS.get(resident(weight), LONG_WINDOWS)
+
+
+def _loop(size: int) -> dict[str, int]:
+    """How the loop over windows of `size` codes is cut (windows.h)."""
+    if size <= stream.STEP:
+        return {}
+    steps = size // stream.STEP
+    if size % stream.STEP or steps < 3:
+        return {"PLANISH_PEEL": 1}
+    return {"PLANISH_PEEL": 2 - steps % 2, "PLANISH_UNROLLED": 1}
 
 
 def _windows(shape: Window, depth: int) -> dict[str, int]:

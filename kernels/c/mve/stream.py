@@ -72,12 +72,9 @@ def windows(b: Blocks) -> Array:
     """uint32 (words,): the stream of windows.h."""
     w = b.codes
     pairs = ((0, 2), (1, 3))
-    if b.bits == 8:
-        parts: list[Array] = []
-        for pair in pairs:  # two biases, then for every step the 16 weights of each of the two outputs
-            parts += [words(b.bias[:, pair]), words(w[:, pair].transpose(0, 2, 1, 3))]
-        return np.concatenate([*parts, words(b.rescale)], axis=1).reshape(-1)
-    if b.bits == 4:
+    if b.bits == 8:  # for every step the 16 weights of each of the two outputs
+        parts = [words(w[:, pair].transpose(0, 2, 1, 3)) for pair in pairs]
+    elif b.bits == 4:
         parts = [words(shared([w[:, o] for o in pair], 4)) for pair in pairs]
     else:
         parts = [words(shared([w[:, o] for o in (0, 2, 1, 3)], 2))]

@@ -2,9 +2,8 @@
  *
  * Weights, biases and factors lie in one stream in the order of their use. For every four outputs, K rounded up to steps of 16:
  *
- *     PLANISH_BITS 8: int32 bias of outputs 0, 2; for every step 16 weights of output 0 and 16 of output 2
- *                     int32 bias of outputs 1, 3; for every step 16 weights of output 1 and 16 of output 3
- *                     float rescale of the four
+ *     PLANISH_BITS 8: for every step 16 weights of output 0 and 16 of output 2; then those of outputs 1 and 3;
+ *                     int32 bias, float rescale of the four
  *     PLANISH_BITS 4: for every step 16 bytes of outputs 0 and 2; then those of outputs 1 and 3; int32 bias, float rescale
  *     PLANISH_BITS 2: for every step 16 bytes of outputs 0, 2, 1 and 3; int32 bias, float rescale
  *
@@ -12,6 +11,8 @@
  * Two outputs meet three windows, so that five loads feed six times sixteen products; the pairs 0, 2 and 1, 3 are what one
  * instruction moves into a vector of four sums.
  *
+ * PLANISH_PEEL (8 bits): the first step, or the first two, stand before the loop, so that sums need no start. Then K is more than 16;
+ * with PLANISH_UNROLLED it is a multiple of 16 and the loop takes two steps at a time, at least once.
  * PLANISH_CLAMP: the codes' bounds are not those of int8. PLANISH_RAGGED: the number of outputs is no multiple of four.
  */
 #ifndef PLANISH_MVE_WINDOWS_H
@@ -31,15 +32,16 @@ typedef struct {
 /* the assembly code knows the places of the members */
 typedef struct {
     window_t window[WINDOWS];
-    int32_t size; /* 24: K, codes of a window */
+    int32_t loop; /* 24: codes, or twice two steps, that the loop takes */
     int8_t *y[WINDOWS];
     int32_t zero_point; /* 40 */
     const uint32_t *stream, *end;
     int32_t low, high;        /* 52 */
     int32_t outputs;          /* 60: that are left */
     window_t second[WINDOWS]; /* 64: for the second pair of outputs; 2 bits only */
-    int32_t second_size;
+    int32_t second_loop;
     const uint32_t *block; /* 92: of the stream, whose bytes both pairs read */
+    int32_t size;          /* K, codes of a window */
 } windows_t;
 
 /* what a window's sums start from, by its own sum */
@@ -53,9 +55,14 @@ static inline void start_windows(windows_t *job)
         job->second[i].start = -(OFFSET + 4 * OFFSET + 16 * OFFSET) * sum;
         job->second[i].x = job->window[i].x;
     }
-    job->second_size = job->size;
+    job->second_loop = job->size;
+#endif
+#ifdef PLANISH_UNROLLED
+    job->loop = (job->size / STEP - PLANISH_PEEL) / 2;
+#elif defined PLANISH_PEEL
+    job->loop = job->size - STEP;
 #else
-    (void)job;
+    job->loop = job->size;
 #endif
 }
 
@@ -65,30 +72,53 @@ static inline void start_windows(windows_t *job)
 #if PLANISH_BITS == 8
 
 #define MASKS ""
-#define PAIR                                \
-    "ldm r12, {r0, r1, r2, r3, r4, r5, r9}\n" \
-    "ldrd r0, r6, [r11], #8\n"              \
-    "dlstp.8 lr, r9\n"                      \
-    "mov r2, r0\n"                          \
-    "mov r4, r0\n"                          \
-    "mov r8, r6\n"                          \
-    "mov r10, r6\n"                         \
-    "1:\n"                                  \
-    "vldrb.u8 q3, [r11], #16\n"             \
-    "vldrb.u8 q0, [r1], #16\n"              \
-    "vmladava.s8 r0, q0, q3\n"              \
-    "vldrb.u8 q1, [r3], #16\n"              \
-    "vmladava.s8 r2, q1, q3\n"              \
-    "vldrb.u8 q2, [r5], #16\n"              \
-    "vmladava.s8 r4, q2, q3\n"              \
-    "vldrb.u8 q4, [r11], #16\n"             \
-    "vmladava.s8 r6, q0, q4\n"              \
-    "vmladava.s8 r8, q1, q4\n"              \
-    "vmladava.s8 r10, q2, q4\n"             \
+#define STEP_OF(multiply)         \
+    "vldrb.u8 q3, [r11], #16\n"   \
+    "vldrb.u8 q0, [r1], #16\n"    \
+    multiply " r0, q0, q3\n"      \
+    "vldrb.u8 q1, [r3], #16\n"    \
+    multiply " r2, q1, q3\n"      \
+    "vldrb.u8 q2, [r5], #16\n"    \
+    multiply " r4, q2, q3\n"      \
+    "vldrb.u8 q4, [r11], #16\n"   \
+    multiply " r6, q0, q4\n"      \
+    multiply " r8, q1, q4\n"      \
+    multiply " r10, q2, q4\n"
+#define FIRST_STEP STEP_OF("vmladav.s8")
+#define NEXT_STEP STEP_OF("vmladava.s8")
+
+#ifndef PLANISH_PEEL
+#define BEFORE             \
+    "movs r0, #0\n"        \
+    "movs r2, #0\n"        \
+    "movs r4, #0\n"        \
+    "movs r6, #0\n"        \
+    "mov r8, r0\n"         \
+    "mov r10, r0\n"
+#elif PLANISH_PEEL == 1
+#define BEFORE FIRST_STEP
+#else
+#define BEFORE FIRST_STEP NEXT_STEP
+#endif
+
+#ifdef PLANISH_UNROLLED
+#define LOOP            \
+    "dls lr, r9\n"      \
+    "1:\n"              \
+    NEXT_STEP           \
+    NEXT_STEP           \
+    "le lr, 1b\n"
+#else
+#define LOOP            \
+    "dlstp.8 lr, r9\n"  \
+    "1:\n"              \
+    NEXT_STEP           \
     "letp lr, 1b\n"
+#endif
+
+#define PAIR "ldm r12, {r0, r1, r2, r3, r4, r5, r9}\n" BEFORE LOOP
 #define FIRST_PAIR PAIR TO_LANES("2", "0")
 #define SECOND_PAIR PAIR TO_LANES("3", "1")
-#define BIAS ""
 
 #else
 
@@ -107,12 +137,6 @@ static inline void start_windows(windows_t *job)
     "subs r6, r6, r0\n"      \
     "sub r8, r8, r2\n"       \
     "sub r10, r10, r4\n"
-#define BIAS                      \
-    "vldrw.u32 q0, [r11], #16\n"  \
-    "vadd.i32 q5, q5, q0\n"       \
-    "vadd.i32 q6, q6, q0\n"       \
-    "vadd.i32 q7, q7, q0\n"
-
 #if PLANISH_BITS == 4
 
 #define MASKS "vmov.i8 q2, #15\n"
@@ -176,6 +200,12 @@ static inline void start_windows(windows_t *job)
 
 #endif
 #endif
+
+#define BIAS                      \
+    "vldrw.u32 q0, [r11], #16\n"  \
+    "vadd.i32 q5, q5, q0\n"       \
+    "vadd.i32 q6, q6, q0\n"       \
+    "vadd.i32 q7, q7, q0\n"
 
 #define TO_LANES(high, low)                              \
     "vmov q5[" high "], q5[" low "], r0, r6\n"           \
@@ -258,17 +288,15 @@ static inline void multiply_windows(windows_t *job)
     const uint32_t *stream = job->stream;
     int32_t steps = (job->size + STEP - 1) / STEP, o, i, k;
     while (stream != job->end) {
-        const uint32_t *tail = stream + STEP / 4 * steps * 4 / LEVELS; /* narrow weights: bias, then rescale; else rescale after four biases */
-        const float *rescale = (const float *)(tail + 4);
+        const uint32_t *bias = stream + STEP / 4 * steps * 4 / LEVELS;
+        const float *rescale = (const float *)(bias + 4);
         for (o = 0; o < 4 && o < job->outputs; o++) {
-            const uint32_t *pair = PLANISH_BITS == 8 ? stream + o % 2 * (2 + 2 * STEP / 4 * steps) : tail;
-            int32_t start = (int32_t)(PLANISH_BITS == 8 ? pair[o / 2] : tail[o]);
             int32_t level = PLANISH_BITS == 8 ? 0 : PLANISH_BITS == 4 ? o / 2 : o / 2 + o % 2 * 2;
             for (i = 0; i < WINDOWS; i++) {
-                int32_t sum = start;
+                int32_t sum = (int32_t)bias[o];
                 for (k = 0; k < job->size; k++) {
 #if PLANISH_BITS == 8
-                    int32_t byte = ((const int8_t *)(pair + 2))[(k / STEP * 2 + o / 2) * STEP + k % STEP];
+                    int32_t byte = ((const int8_t *)stream)[((o % 2 * steps + k / STEP) * 2 + o / 2) * STEP + k % STEP];
 #elif PLANISH_BITS == 4
                     int32_t byte = ((const int8_t *)stream)[o % 2 * steps * STEP + k];
 #else
