@@ -7,6 +7,7 @@
  *     PLANISH_BITS 2: for every step 16 bytes of the four; int32 bias, float rescale
  *
  * Bytes of several outputs are those of mve/narrow.h; bias and rescale are then those of the multiplied sums.
+ * PLANISH_UNROLLED: the number of inputs is a multiple of 32, and the loop takes two steps at a time.
  * PLANISH_CLAMP: the codes' bounds are not those of int8. PLANISH_RAGGED: the number of outputs is no multiple of four.
  */
 #include "mve/fully_connected.h"
@@ -21,10 +22,11 @@ typedef struct {
     int8_t *y;
     const uint32_t *end;  /* 24 */
     int32_t zero_point;
-    int32_t size;         /* 32 */
+    int32_t loop;         /* 32: codes, or twice 16 codes, that the loop takes */
     const uint32_t *stream;
     int32_t low, high;    /* 40 */
     int32_t outputs;      /* 48: that are left */
+    int32_t size;         /* codes of the input */
 } job_t;
 
 #if defined(__ARM_FEATURE_MVE)
@@ -88,6 +90,21 @@ typedef struct {
     "vadd.i32 q0, q0, q2\n"
 #endif
 
+#ifdef PLANISH_UNROLLED
+#define LOOP            \
+    "dls lr, r10\n"     \
+    "1:\n"              \
+    PRODUCTS            \
+    PRODUCTS            \
+    "le lr, 1b\n"
+#else
+#define LOOP            \
+    "dlstp.8 lr, r10\n" \
+    "1:\n"              \
+    PRODUCTS            \
+    "letp lr, 1b\n"
+#endif
+
 #ifdef PLANISH_CLAMP
 #define SATURATE               \
     "ldr r1, [r12, #40]\n"     \
@@ -125,10 +142,7 @@ static inline void multiply(job_t *job)
         "5:\n"
         START
         "mov r1, r3\n"
-        "dlstp.8 lr, r10\n"
-        "1:\n"
-        PRODUCTS
-        "letp lr, 1b\n"
+        LOOP
         DIFFERENCES
         "vmov q0[2], q0[0], r0, r4\n"
         "vmov q0[3], q0[1], r2, r6\n"
@@ -190,6 +204,11 @@ void PLANISH_KERNEL(const planish_mve_fully_connected_layer *l, const int8_t *x,
     job.end = l->weight + l->words;
     job.zero_point = l->y_zero_point;
     job.size = l->in_features;
+#ifdef PLANISH_UNROLLED
+    job.loop = l->in_features / (2 * STEP);
+#else
+    job.loop = l->in_features;
+#endif
     job.low = l->low;
     job.high = l->high;
     job.outputs = l->out_features;

@@ -37,12 +37,13 @@ class FullyConnected(Version):
             return replace(call, overlap=overlap.least(ends * outputs, np.concatenate([[0], ends[:-1]]) * depth))
         packed = stream.blocks(node, weight, stream.ROW_LEVELS)
         words = stream.row(packed)
+        unrolled = {} if depth % (2 * stream.STEP) else {"PLANISH_UNROLLED": 1}
         return Call(
             kernel="mve_fully_connected",
             sources=(),
             template="mve/fully_connected.c",
             headers=("mve/fully_connected.h",),
-            defines=conv2d.defines(node, packed.bits, outputs),
+            defines={**unrolled, **conv2d.defines(node, packed.bits, outputs)},
             fields={
                 "in_features": depth,
                 "out_features": outputs,
