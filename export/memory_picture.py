@@ -54,15 +54,14 @@ def draw(memory: Memory, steps: Sequence[str], title: str) -> str:
         f'<rect x="{x(at):.1f}" y="{TOP}" width="{step:.1f}" height="{HEIGHT}" fill="{MARK}" fill-opacity="0.12"/>',
     ]
     parts += [line for byte in _ticks(most) for line in _grid(byte, y(byte), x(count + 1))]
-    colour = 0
+    colours: dict[str, str] = {}
     labels: list[str] = []
     for placed in plan.placed:
         buffer = placed.buffer
         if not buffer.size:
             continue
         work = buffer.name not in memory.views
-        fill = WORK if work else COLOURS[colour % len(COLOURS)]
-        colour += not work
+        fill = WORK if work else colours.setdefault(buffer.slot or buffer.name, COLOURS[len(colours) % len(COLOURS)])
         left, right = x(buffer.first), x(buffer.last + 1)
         height = HEIGHT * buffer.size / most
         parts.append(_rectangle(placed, fill, left, right - left, y(placed.end), height))

@@ -68,20 +68,20 @@ def test_additional_macs_are_counted_alike_from_boxes_and_from_layers(name, netw
 
 
 @pytest.mark.parametrize("name", ["residual", "branches", "padded"])
-@pytest.mark.parametrize("options", [["-O2"], ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]])
-def test_generated_c_gives_the_same_codes(name, options, networks, tmp_path):
+def test_generated_c_gives_the_same_codes(name, networks, tmp_path):
     """With outputs over inputs and over the map that patches read: the known-answer test is made from whole maps."""
     if shutil.which("gcc") is None:
         pytest.skip("gcc is not installed")
     graph, x = networks[name]
-    for i, (stage, grid, made) in enumerate(list(splits(graph))[-5::2]):
+    for i, (stage, grid, made) in enumerate(list(splits(graph))[-4::3]):
         folder = tmp_path / f"{i}"
         folder.mkdir()
         c.write_project(made, "tiny", targets.load("host"), {graph.inputs[0].name: x}, folder, [])
         sources = [str(p.relative_to(folder)) for p in sorted([*folder.glob("*.c"), *folder.glob("kernels/*.c")])]
         strict = ["-std=c99", "-ffp-contract=off", "-Wall", "-Wextra", "-Wpedantic", "-Werror", "-I.", "-Ikernels"]
+        sanitize = ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
         built = subprocess.run(
-            ["gcc", *strict, *options, *sources, "-o", "t"], cwd=folder, capture_output=True, text=True, check=False
+            ["gcc", *strict, *sanitize, *sources, "-o", "t"], cwd=folder, capture_output=True, text=True, check=False
         )
         assert built.returncode == 0, built.stderr[:2000]
         done = subprocess.run(["./t"], cwd=folder, capture_output=True, text=True, check=False)
@@ -202,11 +202,12 @@ def test_choice_lowers_the_peak_within_the_limit(mobile):
     np.testing.assert_array_equal(found.graph.codes(x)["last.y"], graph.codes(x)["last.y"])
 
 
-def test_choice_takes_the_least_work_that_fits(mobile):
+def test_choice_takes_the_least_work_that_fits(mobile, monkeypatch):
     graph, _ = mobile
-    least = patches.choose(graph, calls, extra=0.5)
+    monkeypatch.setattr(patches, "FINALISTS", 3)
+    least = patches.choose(graph, calls, extra=0.3)
     room = (memory.of(graph, calls(graph)).plan.arena + least.arena) // 2
-    found = patches.choose(graph, calls, ram=room, extra=0.5)
+    found = patches.choose(graph, calls, ram=room, extra=0.3)
     assert least.arena <= found.arena <= room
     assert found.extra_macs < least.extra_macs
 
