@@ -207,3 +207,42 @@ def test_other_ops(bench: Any, tmp_path: Path) -> None:
         return node.op == "mul" and (node.constants["operand"].size if node.constants else node.inputs[1].size) == 1
 
     run([n for n in nodes if not single(n)], tmp_path)
+
+
+def test_outputs_over_inputs(bench: Any, tmp_path: Path) -> None:
+    """A chain in an arena that is too small for any layer's input and output beside each other."""
+    rng = np.random.default_rng(6)
+    layers: list[tuple[str, dict[str, Any]]] = [
+        ("conv2d", dict(c=3, o=8, size=(24, 22), stride=2, pads=(1, 1, 1, 1))),
+        ("depthwise_conv2d", dict(c=8, o=8, size=(12, 11), group=8)),
+        ("conv2d", dict(c=8, o=16, size=(12, 11), kernel=(1, 1), pads=(0, 0, 0, 0))),
+        ("conv2d", dict(c=16, o=16, size=(12, 11))),
+        ("depthwise_conv2d", dict(c=16, o=16, size=(12, 11), group=16)),
+        ("conv2d", dict(c=16, o=36, size=(12, 11), kernel=(1, 1), pads=(0, 0, 0, 0))),
+        ("depthwise_conv2d", dict(c=36, o=36, size=(12, 11), group=36, pads=(0, 0, 2, 2))),
+        ("conv2d", dict(c=36, o=18, size=(12, 11), kernel=(1, 1), pads=(0, 0, 0, 0))),
+        ("conv2d", dict(c=18, o=24, size=(12, 11), kernel=(1, 1), pads=(0, 0, 0, 0))),
+        ("depthwise_conv2d", dict(c=24, o=24, size=(12, 11), group=24, stride=2)),
+        ("conv2d", dict(c=24, o=48, size=(6, 6), kernel=(1, 1), pads=(0, 0, 0, 0))),
+        ("conv2d", dict(c=48, o=20, size=(6, 6), kernel=(1, 1), pads=(0, 0, 0, 0))),
+    ]
+    nodes: list[Node] = []
+    for index, (op, shape) in enumerate(layers):
+        node = bench.node_of(op, bench.convolution(rng, **shape))
+        x = nodes[-1].output if nodes else node.inputs[0]
+        output = replace(node.output, name=f"t{index}", scale=np.float32(0.05), zero_point=int(rng.integers(-20, 20)))
+        # sums spread over the codes, whatever the layer before gave
+        factor = np.full_like(node.constants["rescale"], 1.2 / np.sqrt(node.constants["weight"][0].size) / 75)
+        nodes.append(
+            replace(node, name=f"n{index}", inputs=(x,), output=output, constants={**node.constants, "rescale": factor})
+        )
+    samples = [[rng.integers(-128, 128, nodes[0].inputs[0].shape).astype(np.int8)] for _ in range(2)]
+    found = bench.on_device(tuple(nodes), samples, TARGET, tmp_path)
+    beside = max(n.inputs[0].size + n.output.size for n in nodes)
+    assert found.arena_bytes < 0.8 * beside
+    for sample, codes in zip(samples, found.codes, strict=True):
+        expected = sample[0]
+        for node in nodes:
+            expected = bench.op(node.op).reference(node, expected)
+        assert len(np.unique(expected)) > 20
+        np.testing.assert_array_equal(codes, expected)
