@@ -38,39 +38,38 @@ static void pairs_two_apart(const int8_t *x, int32_t step, int32_t *to, int32_t 
 }
 #endif
 
-/* the words of a row of one channel, `size` of them; as many as the column stride before them are written too */
-static void words_of(const planish_armv6m_depthwise_conv2d_layer *l, const int8_t *x, int32_t *to, int32_t size)
+/* what all rows have in common: their words are padding, `even` pixels, perhaps one more, `behind` words that still hold pixels
+ * in their lower half, and padding */
+typedef struct {
+    int32_t step, first, even, odd, behind;
+    uint32_t zero, stride;
+} row_shape;
+
+/* the words of a row of one channel but those of nothing but padding, which stay the same */
+static inline void words_of(const row_shape *r, const int8_t *x, int32_t *to)
 {
-    int32_t step = l->in_column_step, two = l->column_stride == 2, left = l->pad_columns, zero = l->x_zero_point;
-    int32_t inside = size + l->column_stride - left;
-    int32_t *end = to + size, *middle;
-    uint32_t a = (uint32_t)zero, b = a, upper = a << 16;
-    to -= l->column_stride;
-    inside = inside < l->in_columns ? inside : l->in_columns;
-    PLANISH_SMALL_LOOP
-    for (; left > 0; left--) {
-        *to++ = (int32_t)(a + upper);
+    uint32_t a = r->zero, b = a;
+    int32_t *end;
+    to += r->first;
+    if (r->even) {
+        end = to + r->even;
+        (r->stride == 2 ? pairs_two_apart : pairs_of_neighbours)(x, r->step, to, end, (int32_t)a, (int32_t)a);
+        to = end;
+        x += r->even * r->step;
+        b = (uint32_t)x[-r->step];
+        a = r->stride == 2 ? (uint32_t)x[-2 * r->step] : b;
     }
-    middle = to + (inside & ~1);
-    if (middle > to) {
-        (two ? pairs_two_apart : pairs_of_neighbours)(x, step, to, middle, zero, zero);
-        to = middle;
-        x += (inside & ~1) * step;
-        b = (uint32_t)x[-step];
-        a = two ? (uint32_t)x[-2 * step] : b;
-    }
-    if (inside & 1) {
+    if (r->odd) {
         uint32_t last = (uint32_t)*x;
         *to++ = (int32_t)(a + (last << 16));
-        a = two ? b : last;
+        a = r->stride == 2 ? b : last;
         b = last;
     }
-    b = two ? b : (uint32_t)zero;
-    PLANISH_SMALL_LOOP
-    while (to < end) {
-        *to++ = (int32_t)(a + upper);
-        a = b;
-        b = (uint32_t)zero;
+    if (r->behind > 0) {
+        *to++ = (int32_t)(a + (r->zero << 16));
+    }
+    if (r->behind > 1) {
+        *to = (int32_t)(b + (r->zero << 16));
     }
 }
 
@@ -99,16 +98,29 @@ void planish_armv6m_depthwise(const planish_armv6m_depthwise_conv2d_layer *l, co
                               planish_depthwise_outputs *whole, planish_depthwise_outputs *parts)
 {
     int32_t weight[PLANISH_DEPTHWISE_ROWS * PLANISH_DEPTHWISE_ROWS];
-    int32_t kernel = l->kernel_rows, stride = l->row_stride;
-    int32_t size = ((l->out_columns - 1) >> 1) * 2 * l->column_stride + l->kernel_columns;
-    int32_t slot_words = size + l->column_stride;
-    int32_t *padding = (int32_t *)(void *)scratch, *slots = padding + slot_words + l->column_stride;
+    int32_t kernel = l->kernel_rows, stride = l->row_stride, columns = l->column_stride, in_rows = l->in_rows;
+    int32_t in_step = l->in_row_step, out_step = l->out_row_step, end_row = l->out_rows * stride - l->pad_rows;
+    int32_t size = ((l->out_columns - 1) >> 1) * 2 * columns + l->kernel_columns;
+    int32_t slot_words = size + columns; /* the first pixels are written before the row's words too */
+    int32_t *padding = (int32_t *)(void *)scratch, *slots = padding + slot_words + columns;
+    int32_t inside = size + columns - l->pad_columns;
+    row_shape shape;
     const int32_t *channel = l->channel;
     const uint8_t *packed = l->weight;
     planish_depthwise_row p;
     int32_t c, row, i, k;
+    inside = inside < l->in_columns ? inside : l->in_columns;
+    inside = inside < 0 ? 0 : inside;
+    shape.step = l->in_column_step;
+    shape.stride = (uint32_t)columns;
+    shape.zero = (uint32_t)l->x_zero_point;
+    shape.first = l->pad_columns - columns;
+    shape.even = inside & ~1;
+    shape.odd = inside & 1;
+    shape.behind = size - shape.first - inside;
+    shape.behind = shape.behind < columns ? shape.behind : columns;
     PLANISH_SMALL_LOOP
-    for (i = 0; i < size; i++) {
+    for (i = 0; i < slot_words * (kernel + 1); i++) {
         padding[i] = (int32_t)((uint32_t)l->x_zero_point * 65537u);
     }
     p.half = l->scale.half;
@@ -130,30 +142,33 @@ void planish_armv6m_depthwise(const planish_armv6m_depthwise_conv2d_layer *l, co
     for (c = 0; c < l->channels; c++) {
         planish_depthwise_outputs *outputs = weights_of(l, packed, weight) ? whole : parts;
         int32_t slot = 0, known = 0; /* the kernel's first rows that are in scratch already */
-        const int8_t *next = x + c - l->pad_rows * l->in_row_step;
+        const int8_t *next = x + c - l->pad_rows * in_step;
         packed += (kernel * l->kernel_columns * l->weight_bits + 7) >> 3;
         p.bias = *channel++;
         p.word = (uint32_t)*channel++;
         p.y = y + c;
         PLANISH_SMALL_LOOP
-        for (row = -l->pad_rows; row < l->out_rows * stride - l->pad_rows; row += stride) {
+        for (row = -l->pad_rows; row < end_row; row += stride) {
+            const int8_t *in = next;
+            for (k = 0; k < known; k++) {
+                p.rows[k] = p.rows[k + stride];
+                in += in_step;
+            }
             PLANISH_SMALL_LOOP
-            for (k = 0; k < kernel; k++) {
-                if (k < known) {
-                    p.rows[k] = p.rows[k + stride];
-                } else if ((uint32_t)(row + k) >= (uint32_t)l->in_rows) {
-                    p.rows[k] = padding;
-                } else {
+            for (; k < kernel; k++) {
+                p.rows[k] = padding;
+                if ((uint32_t)(row + k) < (uint32_t)in_rows) {
                     int32_t *to = slots + slot * slot_words;
-                    words_of(l, next + k * l->in_row_step, to, size);
+                    words_of(&shape, in, to);
                     p.rows[k] = to;
                     slot = slot + 1 == kernel ? 0 : slot + 1;
                 }
+                in += in_step;
             }
             known = kernel > stride ? kernel - stride : 0;
-            next += stride * l->in_row_step;
+            next += stride * in_step;
             outputs(&p);
-            p.y += l->out_row_step;
+            p.y += out_step;
         }
     }
 }
