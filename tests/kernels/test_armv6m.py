@@ -322,3 +322,12 @@ def test_softmax(bench: Any, tmp_path: Path) -> None:
     found = [bench.node_of("softmax", e) for e in bench.examples("softmax")]
     assert {kernel(n) for n in found} == {"armv6m_softmax"}
     bench.equal_reference(found, TARGET, tmp_path)
+
+
+def test_average_pool(bench: Any, tmp_path: Path) -> None:
+    """Also with equal scales, where means of four lie between two codes all the time."""
+    found = [bench.node_of("average_pool", e) for e in bench.examples("average_pool")]
+    found += [replace(n, output=replace(n.output, scale=n.inputs[0].scale, zero_point=-128)) for n in found[:2]]
+    assert "armv6m_average_pool" in {kernel(n) for n in found}
+    bench.equal_reference(found, TARGET, tmp_path)
+    assert [kernel(n) for n in found].count("armv6m_average_pool") > len(found) // 2

@@ -36,7 +36,7 @@ int32_t planish_exact_code(int32_t sum, uint32_t word, const planish_scale *q)
     return code > q->high ? q->high : code;
 }
 
-int32_t planish_code(int32_t sum, uint32_t word, const planish_scale *q)
+int32_t planish_quick_code(int32_t sum, uint32_t word, const planish_scale *q)
 {
     int32_t shifted = (int32_t)((uint32_t)sum << q->before) >> (word & 255u);
     uint32_t product = (uint32_t)shifted * (word >> 16) + q->half;
@@ -48,14 +48,20 @@ int32_t planish_code(int32_t sum, uint32_t word, const planish_scale *q)
             return q->high;
         }
         if (product << 9 < q->window) {
-            return planish_exact_code(sum, word, q);
+            return PLANISH_IN_DOUBT;
         }
         return (int32_t)(product >> 23) - 128;
     }
     if (shifted != (int16_t)shifted || product << 10 < q->window || product >> 30) {
-        return planish_exact_code(sum, word, q);
+        return PLANISH_IN_DOUBT;
     }
     shifted = (int32_t)(product >> 22) - 128;
     shifted = shifted < q->low ? q->low : shifted;
     return shifted > q->high ? q->high : shifted;
+}
+
+int32_t planish_code(int32_t sum, uint32_t word, const planish_scale *q)
+{
+    int32_t code = planish_quick_code(sum, word, q);
+    return code == PLANISH_IN_DOUBT ? planish_exact_code(sum, word, q) : code;
 }

@@ -23,6 +23,11 @@ typedef struct {
     uint8_t fraction;      /* bits of fraction of the product: 23 where the lowest code is the zero point, else 22 */
 } planish_scale;
 
+enum { PLANISH_IN_DOUBT = 1024 };
+
+/* The code of a sum by one product, or PLANISH_IN_DOUBT. */
+int32_t planish_quick_code(int32_t sum, uint32_t word, const planish_scale *scale);
+
 /* The code of a sum: one product where that is enough. */
 int32_t planish_code(int32_t sum, uint32_t word, const planish_scale *scale);
 

@@ -105,18 +105,25 @@ def of(node: Node) -> Sums | None:
     return None if scale is None else Sums(weight, bias, scale)
 
 
-def words(rescale: Array, largest: Array, zero_point: int, low: int, high: int) -> Scale | None:
-    """For float32 factors (channels,) and sums of magnitude up to `largest` (channels,); None where the form does not fit."""
-    rescale = np.asarray(rescale, np.float32).astype(np.float64).reshape(-1)
+def words(
+    rescale: Array, largest: Array, zero_point: int, low: int, high: int, more: float | None = None
+) -> Scale | None:
+    """For factors (channels,) and sums of magnitude up to `largest` (channels,); None where the form does not fit.
+
+    `more`, for formulas that planish_exact_code is not: how far their result may be from sum * factor; fraction 22 then.
+    """
+    rescale = np.asarray(rescale, np.float64 if more else np.float32).astype(np.float64).reshape(-1)
     if (rescale < 0).any() or not np.isfinite(rescale).all():
         return None
     fraction, exponent = np.frexp(rescale)
     mantissa = (fraction * 2**24).astype(np.int64)
     e = 1 - exponent.astype(np.int64)
-    one_sided = (zero_point, low, high) == (-128, -128, 127)
+    one_sided = (zero_point, low, high) == (-128, -128, 127) and more is None
     bits = 23 if one_sided else 22
     base = bits - 15  # s = e - base + g
-    alive = largest * rescale >= 0.5 - FLOAT_ROUNDING  # other channels give the zero point whatever comes
+    alive = largest * rescale >= 0.5 - FLOAT_ROUNDING - (
+        more or 0.0
+    )  # other channels give the zero point whatever comes
     if (alive & (rescale < 2.0**-16) & (largest >= 2**24)).any():
         return None
     g = max(0, base - int(e[alive].min())) if alive.any() else 0
@@ -135,8 +142,9 @@ def words(rescale: Array, largest: Array, zero_point: int, low: int, high: int) 
     above = (
         0.0 if one_sided else float(of_mantissa[alive].max(initial=0.0))
     )  # products of negative sums come out too large
-    half = int(np.ceil((zero_point + 128 + 0.5 + error + FLOAT_ROUNDING) * 2**bits))
-    window = int(np.ceil((error + above + 2 * FLOAT_ROUNDING) * 2**bits) + 1) << (32 - bits)
+    rounding = FLOAT_ROUNDING + (more or 0.0)
+    half = int(np.ceil((zero_point + 128 + 0.5 + error + rounding) * 2**bits))
+    window = int(np.ceil((error + above + 2 * rounding) * 2**bits) + 1) << (32 - bits)
     if window >= 2**31:
         return None
     fields = {
