@@ -6,7 +6,8 @@
  *
  *     PLANISH_TILES (stride 1, up to 3 x 3): one vector holds four windows, those of 2 x 2 outputs; the weights lie in four
  *         vectors, moved by a column (a word) and by a row (a byte). Where the width is odd (PLANISH_ODD) the first two tiles overlap by a
- *         column, where the height is odd the last two rows of tiles by a row: an output is then computed twice.
+ *         column, where the height is odd the last two rows of tiles by a row: an output is then computed twice. With PLANISH_IN_PLACE
+ *         sixteen channels of the whole image come before the next, so that the output may be the input's own place.
  *     else: four outputs of a row, a vector each; PLANISH_STRIDE is the stride along the row.
  *
  * PLANISH_COLUMNS: columns of weights, a word each. PLANISH_NARROW: weights of 4 bits and no fourth row, a halfword each: rows 0, 2, 1 from bit
@@ -83,6 +84,27 @@ static inline void interleave(const int8_t *const *rows, const int32_t *steps, i
         :
         : "memory", "cc", "r0", "r1", "r2", "r3", "r4", "r5", "r6", "lr", "q0", "q1", "q2", "q3");
 }
+
+#ifdef PLANISH_IN_PLACE
+
+/* `channels` bytes of every pixel, CHANNELS bytes apart */
+static inline void save(const int8_t *from, int32_t step, int32_t columns, int32_t channels, int8_t *to)
+{
+    __asm__ volatile(
+        "vctp.8 %4\n"
+        "dls lr, %3\n"
+        "1:\n"
+        "vpst\n"
+        "vldrbt.u8 q0, [%0]\n"
+        "add %0, %0, %2\n"
+        "vstrb.8 q0, [%1], #16\n"
+        "le lr, 1b\n"
+        : "+r"(from), "+r"(to)
+        : "r"(step), "r"(columns), "r"(channels)
+        : "memory", "cc", "lr", "q0");
+}
+
+#endif
 
 /* the lanes of a channel's weights */
 #define LANES                                 \
@@ -190,7 +212,7 @@ static inline void interleave(const int8_t *const *rows, const int32_t *steps, i
 #endif
 
 /* all outputs of the channels whose words are in scratch */
-static inline void convolve(strip_t *strip)
+static __attribute__((noinline)) void convolve(strip_t *strip)
 {
     register strip_t *at __asm__("r11") = strip;
     __asm__ volatile(
@@ -247,6 +269,18 @@ static inline void interleave(const int8_t *const *rows, const int32_t *steps, i
     }
 }
 
+#ifdef PLANISH_IN_PLACE
+
+static inline void save(const int8_t *from, int32_t step, int32_t columns, int32_t channels, int8_t *to)
+{
+    int32_t column;
+    for (column = 0; column < columns; column++) {
+        copy_bytes(to + column * CHANNELS, from + column * step, channels);
+    }
+}
+
+#endif
+
 static int32_t weight_of(const uint32_t *record, int32_t column, int32_t row)
 {
 #ifdef PLANISH_NARROW
@@ -271,7 +305,7 @@ static int8_t code_of(const strip_t *s, const int8_t *words, int32_t row, const 
                               s->zero_point);
 }
 
-static inline void convolve(strip_t *s)
+static __attribute__((noinline)) void convolve(strip_t *s)
 {
     int32_t channel, tile, row, column;
     for (channel = 0; channel < s->channels; channel++) {
@@ -290,22 +324,94 @@ static inline void convolve(strip_t *s)
 
 #endif
 
+/* what strips and channels have in common */
+typedef struct {
+    const planish_mve_depthwise_conv2d_layer *layer;
+    const int8_t *x;
+    int8_t *y, *words; /* scratch, from the first column of the image on */
+    int8_t *above;     /* in place: the row above a strip, CHANNELS bytes a column */
+    int32_t inside;    /* columns of the image that vectors read */
+    int8_t padding[CHANNELS];
+} task_t;
+
+/* words of a row of tiles whose windows begin in row `top`; `saved`: that row lies in `above` */
+static void gather(const task_t *t, int32_t top, int32_t first, int32_t count, int saved, int8_t *words)
+{
+    int32_t channels = t->layer->channels, row_bytes = t->layer->in_width * channels, i;
+    const int8_t *sources[4], *source = t->x + top * row_bytes + first;
+    int32_t steps[4];
+    for (i = 0; i < 4; i++) {
+        int valid = (uint32_t)(top + i) < (uint32_t)t->layer->in_height;
+        sources[i] = valid ? source : t->padding;
+        steps[i] = valid ? channels : 0;
+        source += row_bytes;
+    }
+    if (saved) {
+        sources[0] = t->above;
+        steps[0] = CHANNELS;
+    }
+    interleave(sources, steps, t->inside, count, words);
+}
+
+/* rows of tiles `rows` from output row `out_row` on, and one more over the last row where `extra`, for channels from `first` on */
+static inline void convolve_strip(const task_t *t, strip_t *s, int32_t out_row, int32_t rows, int extra, int32_t first)
+{
+    const planish_mve_depthwise_conv2d_layer *l = t->layer;
+    int32_t count = l->channels - first < CHANNELS ? l->channels - first : CHANNELS, row;
+    int32_t top = out_row * l->stride_height - l->pad_top;
+    int8_t *words = t->words;
+    for (row = 0; row < rows; row++) {
+#ifdef PLANISH_IN_PLACE
+        gather(t, top, first, count, row == 0 && l->pad_top == 1 && out_row > 0, words);
+#else
+        gather(t, top, first, count, 0, words);
+#endif
+        words += s->x_pitch;
+        top += TILE_HEIGHT * l->stride_height;
+    }
+    if (extra) {
+        gather(t, top - 1, first, count, 0, words);
+    }
+#ifdef PLANISH_IN_PLACE
+    if (l->pad_top == 1) { /* the next strip's windows begin in this one's last row, which is about to be overwritten */
+        save(t->x + (out_row + rows * TILE_HEIGHT - 1) * s->y_pitch + first, l->channels, l->in_width, count, t->above);
+    }
+#endif
+    s->x = t->words - l->pad_left * PITCH - STEP_BYTES;
+    s->y = t->y + out_row * s->y_pitch + first;
+    s->rows = rows;
+    s->weight = l->weight + first * RECORD;
+    s->channels = count;
+    convolve(s);
+    if (extra) {
+        s->x = words - l->pad_left * PITCH - STEP_BYTES;
+        s->y = t->y + (l->out_height - TILE_HEIGHT) * s->y_pitch + first;
+        s->rows = 1;
+        s->channels = count;
+        convolve(s);
+    }
+}
+
 void PLANISH_KERNEL(const planish_mve_depthwise_conv2d_layer *l, const int8_t *x, int8_t *y, int8_t *scratch)
 {
-    int32_t channels = l->channels, row_bytes = l->in_width * channels, i;
-#ifndef PLANISH_TILES
-    int32_t tiles = (l->out_width + TILE_WIDTH - 1) / TILE_WIDTH;
-#endif
+    int32_t channels = l->channels, i, first;
 #ifdef PLANISH_TILES
     int32_t columns = l->out_width + 2; /* that vectors read; those outside the image are padding */
 #else
+    int32_t tiles = (l->out_width + TILE_WIDTH - 1) / TILE_WIDTH;
     int32_t columns = (tiles * TILE_WIDTH - 1) * COLUMN_STEP + 4;
 #endif
-    int32_t inside = columns - l->pad_left < l->in_width ? columns - l->pad_left : l->in_width;
-    int32_t out_row = 0, first, row;
-    int8_t padding[CHANNELS];
+    int32_t room = l->strip + l->out_height % TILE_HEIGHT; /* rows of tiles in scratch */
+    int32_t out_row, end = l->out_height / TILE_HEIGHT * TILE_HEIGHT;
     strip_t s;
-    fill_bytes(padding, l->x_zero_point, CHANNELS);
+    task_t t;
+    t.layer = l;
+    t.x = x;
+    t.y = y;
+    t.words = scratch + l->pad_left * PITCH;
+    t.above = scratch + room * columns * PITCH;
+    t.inside = columns - l->pad_left < l->in_width ? columns - l->pad_left : l->in_width;
+    fill_bytes(t.padding, l->x_zero_point, CHANNELS);
     s.x_pitch = columns * PITCH;
     s.y_pitch = l->out_width * channels;
     s.pixel = channels;
@@ -332,45 +438,22 @@ void PLANISH_KERNEL(const planish_mve_depthwise_conv2d_layer *l, const int8_t *x
         s.columns[i] = (uint32_t)(i * PITCH);
     }
     /* the columns beside the image stay as they are for all channels and strips */
-    for (row = 0; row < l->strip; row++) {
-        int8_t *words = scratch + row * s.x_pitch;
+    for (i = 0; i < room; i++) {
+        int8_t *words = scratch + i * s.x_pitch;
+        int32_t left = (l->pad_left + t.inside) * PITCH;
         fill_bytes(words, l->x_zero_point, l->pad_left * PITCH);
-        fill_bytes(words + (l->pad_left + inside) * PITCH, l->x_zero_point, s.x_pitch - (l->pad_left + inside) * PITCH);
+        fill_bytes(words + left, l->x_zero_point, s.x_pitch - left);
     }
-    while (out_row < l->out_height) {
-        int32_t rows = (l->out_height - out_row) / TILE_HEIGHT;
-        if (rows > l->strip) {
-            rows = l->strip;
-        }
-        if (rows == 0) { /* the last row of an odd height: with the one before it once more */
-            out_row -= 1;
-            rows = 1;
-        }
+#ifdef PLANISH_IN_PLACE
+    for (first = 0; first < channels; first += CHANNELS) {
+        for (out_row = 0; out_row < end; out_row += l->strip * TILE_HEIGHT) {
+#else
+    for (out_row = 0; out_row < end; out_row += l->strip * TILE_HEIGHT) {
         for (first = 0; first < channels; first += CHANNELS) {
-            int32_t count = channels - first < CHANNELS ? channels - first : CHANNELS;
-            int32_t top = out_row * l->stride_height - l->pad_top;
-            int8_t *words = scratch + l->pad_left * PITCH;
-            const int8_t *source = x + top * row_bytes + first;
-            for (row = 0; row < rows; row++) {
-                const int8_t *sources[4];
-                int32_t steps[4];
-                for (i = 0; i < 4; i++) {
-                    int valid = (uint32_t)(top + i) < (uint32_t)l->in_height;
-                    sources[i] = valid ? source + i * row_bytes : padding;
-                    steps[i] = valid ? channels : 0;
-                }
-                interleave(sources, steps, inside, count, words);
-                words += s.x_pitch;
-                top += TILE_HEIGHT * l->stride_height;
-                source += TILE_HEIGHT * l->stride_height * row_bytes;
-            }
-            s.x = scratch - STEP_BYTES;
-            s.y = y + out_row * s.y_pitch + first;
-            s.rows = rows;
-            s.weight = l->weight + first * RECORD;
-            s.channels = count;
-            convolve(&s);
+#endif
+            int32_t rows = (end - out_row) / TILE_HEIGHT;
+            int extra = rows <= l->strip && end < l->out_height;
+            convolve_strip(&t, &s, out_row, rows < l->strip ? rows : l->strip, extra, first);
         }
-        out_row += rows * TILE_HEIGHT;
     }
 }

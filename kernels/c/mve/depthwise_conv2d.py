@@ -48,13 +48,14 @@ class DepthwiseConv2d(Version):
         step = 2 if tiled else 1  # output rows of a row of tiles
         columns = out_width + 2 if tiled else (-(-out_width // 4) * 4 - 1) * shape.stride[1] + COLUMNS
         strip = min(max(SCRATCH // (columns * PITCH), 1), out_height // step)
-        starts = list(range(0, out_height // step * step, strip * step))
-        ends = [min(s + strip * step, out_height // step * step) for s in starts]
-        if ends[-1] < out_height:
-            starts, ends = [*starts, out_height - step], [*ends, out_height]
-        needed = overlap.needed(node)[np.array(starts) * out_width]
+        odd = out_height % step
+        in_place = tiled and (out_height, out_width) == (height, width) and shape.pads[0] <= 1
+        starts = np.arange(0, out_height - odd, strip * step)
+        ends = np.append(starts[1:], out_height)
+        distance = overlap.least(ends * out_width * channels, overlap.needed(node)[starts * out_width])
         words = 3 if tiled else kw
         defines = {"PLANISH_COLUMNS": words, "PLANISH_TILES": int(tiled), "PLANISH_ODD": int(tiled and out_width % 2)}
+        defines["PLANISH_IN_PLACE"] = int(in_place)
         defines["PLANISH_STRIDE"] = 0 if tiled else shape.stride[1]
         low, high = int(weight.min()), int(weight.max())
         narrow = kh < ROWS and low >= -8 and high <= 7
@@ -90,8 +91,9 @@ class DepthwiseConv2d(Version):
             comments={
                 "weight": f"channels {channels}: bias, rescale, a word for every column of the {kh} x {kw} kernel"
             },
-            scratch=strip * columns * PITCH,
-            overlap=overlap.least([e * out_width * channels for e in ends], needed),
+            scratch=(strip + odd) * columns * PITCH + in_place * width * CHANNELS,
+            overlap=None if in_place else distance,
+            in_place=(0,) if in_place else (),
         )
 
 
