@@ -1,28 +1,24 @@
 /* The outputs of two pixels (pairs.h), for one kind of weights. Constants: WEIGHT_BITS and TAPS of a chunk (8 bits: 2, 3, 4 or 8;
- * 4 bits: 8; 2 bits: 16), EXTRA (there are extra chunks), SKIPS (chunks are no multiple of UNROLL), and those of code.h.
+ * 4 bits: 8; 2 bits: 16), EXTRA (there are extra chunks), UNROLL (chunks in the loop: 8, 4 or 2, or all there are), LOOPS (there
+ * are more), SKIPS (they are no multiple of it), and those of code.h.
  */
 #include "armv6m/conv2d.h"
 
 #define CHUNK_WORDS (TAPS + 1)
 #define CHUNK_BYTES (TAPS * WEIGHT_BITS / 8)
 #if TAPS == 2
-#define UNROLL 8
 #define CHUNK_CODE 20 /* bytes of CHUNK's instructions */
 #define EXPAND planish_armv6m_expand_8x2
 #elif TAPS == 3
-#define UNROLL 8
 #define CHUNK_CODE 26
 #define EXPAND planish_armv6m_expand_8x3
 #elif TAPS == 4
-#define UNROLL 8
 #define CHUNK_CODE 32
 #define EXPAND planish_armv6m_expand_8x4
 #elif TAPS == 16
-#define UNROLL 2
 #define CHUNK_CODE 110
 #define EXPAND planish_armv6m_expand_2x16
 #else
-#define UNROLL 4
 #define CHUNK_CODE 58
 #if WEIGHT_BITS == 8
 #define EXPAND planish_armv6m_expand_8x8
@@ -66,12 +62,22 @@ void PLANISH_KERNEL(const planish_armv6m_conv2d_layer *l, const int8_t *x, int8_
 #define CHUNK(k) BEGIN(k) FOUR FOUR SPLIT
 #endif
 #endif
-#if UNROLL == 8
-#define CHUNKS CHUNK(0) CHUNK(1) CHUNK(2) CHUNK(3) CHUNK(4) CHUNK(5) CHUNK(6) CHUNK(7)
+#if UNROLL == 1
+#define CHUNKS CHUNK(0)
+#elif UNROLL == 2
+#define CHUNKS CHUNK(0) CHUNK(1)
+#elif UNROLL == 3
+#define CHUNKS CHUNK(0) CHUNK(1) CHUNK(2)
 #elif UNROLL == 4
 #define CHUNKS CHUNK(0) CHUNK(1) CHUNK(2) CHUNK(3)
+#elif UNROLL == 5
+#define CHUNKS CHUNK(0) CHUNK(1) CHUNK(2) CHUNK(3) CHUNK(4)
+#elif UNROLL == 6
+#define CHUNKS CHUNK(0) CHUNK(1) CHUNK(2) CHUNK(3) CHUNK(4) CHUNK(5)
+#elif UNROLL == 7
+#define CHUNKS CHUNK(0) CHUNK(1) CHUNK(2) CHUNK(3) CHUNK(4) CHUNK(5) CHUNK(6)
 #else
-#define CHUNKS CHUNK(0) CHUNK(1)
+#define CHUNKS CHUNK(0) CHUNK(1) CHUNK(2) CHUNK(3) CHUNK(4) CHUNK(5) CHUNK(6) CHUNK(7)
 #endif
 
 /* entry and window in their registers */
@@ -100,7 +106,9 @@ __attribute__((naked, noinline)) static void outputs_of(const planish_pairs *p _
             "add pc, lr\n nop\n"
 #endif
             "2:\n" CHUNKS "adds r1, #" TEXT(UNROLL) "*" TEXT(CHUNK_BYTES) "\n"
+#if LOOPS
             "cmp r0, r10\n beq 3f\n b 2b\n"
+#endif
             "3:\n"
 #if EXTRA
             "ldr r7, [sp, #28]\n ldrb r0, [r7]\n adds r7, #1\n str r7, [sp, #28]\n cmp r0, #255\n bne 10f\n"
@@ -185,5 +193,5 @@ static void outputs_of(const planish_pairs *p)
 
 void PLANISH_KERNEL(const planish_armv6m_conv2d_layer *l, const int8_t *x, int8_t *y, int8_t *scratch)
 {
-    planish_armv6m_convolve(l, x, y, scratch, EXPAND, outputs_of, (0 - l->chunks) & (UNROLL - 1), CHUNK_BYTES, CHUNK_CODE);
+    planish_armv6m_convolve(l, x, y, scratch, EXPAND, outputs_of, SKIPS * ((0 - l->chunks) & (UNROLL - 1)), CHUNK_BYTES, CHUNK_CODE);
 }

@@ -11,7 +11,7 @@ from ...op import Array
 TAPS = {8: (2, 3, 4, 8), 4: (8,), 2: (16,)}
 """of a chunk, by the bits of a weight; narrow weights fill one word"""
 UNROLL = {2: 8, 3: 8, 4: 8, 8: 4, 16: 2}
-"""chunks in the loop, by taps"""
+"""chunks in the loop, by taps; all there are where they are fewer"""
 COST = {2: 10, 3: 13, 4: 16, 8: 29, 16: 55}
 """instructions of a chunk"""
 EXTRA_COST = 15
@@ -43,7 +43,7 @@ class Chunks:
     @property
     def skips(self) -> bool:
         """Whether the chunks are no multiple of those in the loop."""
-        return self.count % UNROLL[self.taps] > 0
+        return self.count > UNROLL[self.taps] and self.count % UNROLL[self.taps] > 0
 
     @property
     def defines(self) -> dict[str, int]:
@@ -52,6 +52,8 @@ class Chunks:
             "WEIGHT_BITS": self.bits,
             "TAPS": self.taps,
             "EXTRA": int(self.extra is not None),
+            "UNROLL": min(UNROLL[self.taps], self.count),
+            "LOOPS": int(self.count > UNROLL[self.taps]),
             "SKIPS": int(self.skips),
         }
 
@@ -125,7 +127,7 @@ def best(rows: Array, depth: int) -> Chunks | None:
 def instructions(chunks: Chunks, outputs: int) -> float:
     """Instructions of the dot products, about, for one pair of pixels."""
     loops = outputs * -(-chunks.count // UNROLL[chunks.taps])
-    total = outputs * chunks.count * COST[chunks.taps] + 4 * loops
+    total = outputs * chunks.count * COST[chunks.taps] + 4 * loops + 4 * outputs * chunks.skips
     if chunks.extra is not None:
         extras = (len(chunks.extra) - outputs) // (chunks.taps + 1)
         total += EXTRA_CHECK * outputs + extras * (COST[chunks.taps] + EXTRA_COST)
