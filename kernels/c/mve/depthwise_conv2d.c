@@ -335,7 +335,7 @@ typedef struct {
 } task_t;
 
 /* words of a row of tiles whose windows begin in row `top`; `saved`: that row lies in `above` */
-static void gather(const task_t *t, int32_t top, int32_t first, int32_t count, int saved, int8_t *words)
+static __attribute__((noinline)) void gather(const task_t *t, int32_t top, int32_t first, int32_t count, int saved, int8_t *words)
 {
     int32_t channels = t->layer->channels, row_bytes = t->layer->in_width * channels, i;
     const int8_t *sources[4], *source = t->x + top * row_bytes + first;
