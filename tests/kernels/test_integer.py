@@ -93,7 +93,6 @@ def conv(x: Tensor = X, out: tuple[int, ...] = (1, 2, 4, 4), bias: Constant | No
         (conv(x=replace(X, shape=(1, 5, 6, 6))), "do not fit 5 input channels"),
         (conv(weight={"scale": np.ones(4, np.float32), "zero_point": np.zeros(4, np.int32), "axis": 1}), "4 scales"),
         (conv(bias=Constant("b", np.full(2, 2**31 - 1, np.int32), np.float32([0.0005]), np.zeros(1, np.int32))), "32 bits"),
-        (FloatOp("MatMul", "m", {}, (X, X), X, -np.inf, np.inf), "activation inputs"),
         (FloatOp("Add", "a", {}, (X, replace(X, shape=(1, 1, 6, 6))), X, -np.inf, np.inf), "one value per channel"),
         (FloatOp("Softmax", "s", {"axis": 0}, (X,), X, -np.inf, np.inf), "batch"),
         (FloatOp("Pad", "p", {"mode": "reflect"}, (X,), X, -np.inf, np.inf), "reflect"),
