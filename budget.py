@@ -8,6 +8,8 @@ knapsack; losses of layers are taken to add up. The result is built, run and mea
 
 from __future__ import annotations
 
+import functools
+import itertools
 import re
 import tempfile
 from collections import Counter
@@ -22,10 +24,11 @@ from .common.errors import PlanishError
 from .common.progress import track
 from .compress.quantize import knapsack
 from .export import c as c_format
-from .export import c_project, memory, narrow, patches, qdq
+from .export import c_project, memory, narrow, patches, qdq, quant_mcu
 from .export.artifact import Artifact
 from .export.format import Source
 from .export.graph import Graph
+from .kernels.op import Call
 from .runtimes.emulator import Emulator
 from .targets.target import Memory, Target
 
@@ -130,26 +133,79 @@ def fit(source: Source, target: Target, budget: Budget) -> tuple[Source, dict[st
     if budget.latency_ms is not None and before.latency_ms is None:
         raise PlanishError(f"--budget: latency cannot be estimated for '{target.name}' (no clock or no cycle model)")
 
+    maps: Maps | None = None
+
+    def shaped(changed: Graph) -> Graph:
+        return changed if maps is None else maps.of(changed, golden).graph
+
     def build(changed: Graph) -> Cost:  # in patches where whole maps do not fit
-        return measure(changed, source.name, roomy(device, ram=False), golden)
+        return measure(shaped(changed), source.name, roomy(device, ram=False), golden)
 
     start = before
     if budget.ram is not None and before.ram > budget.ram:
-        found = patches.choose(
-            graph, lambda g: c_project.calls_of(g, target.features), budget.ram - _beside(before, graph, target)
-        )
+        calls = functools.partial(c_project.calls_of, features=target.features)
+        room = budget.ram - (before.ram - memory.of(graph, calls(graph)).plan.arena)
+        found = patches.choose(graph, calls, room)
         if found is not None:
             start = measure(found.graph, source.name, roomy(target, ram=True), golden)
         if start.ram > budget.ram:
-            raise PlanishError(_missing([before, start], budget, "the first layers in patches or not"))
+            maps = _maps(graph, found, golden, room, calls)
+            if maps is None:
+                raise PlanishError(_missing([before, start], budget, "with patches and maps of fewer bits neither"))
         start = build(graph)
     chosen, after = (graph, start) if not start.over(budget) else _narrowed(graph, start, golden, budget, build)
-    return replace(source, graph=chosen), _report(graph, chosen, golden, before, after)
+    made = replace(source, graph=shaped(chosen))
+    return made, _report(graph, chosen, made.graph or chosen, golden, before, after, maps)
 
 
-def _beside(cost: Cost, graph: Graph, target: Target) -> int:
-    """Bytes of RAM besides the arena."""
-    return cost.ram - memory.of(graph, c_project.calls_of(graph, target.features)).plan.arena
+@dataclass(frozen=True)
+class Maps:
+    """Feature maps in fewer bits (QuantMCU), with the first layers in patches or not: how it is done to any widths of weights."""
+
+    stage: int | None
+    """index of the stage that runs in patches"""
+    grid: tuple[int, int]
+    phi: float
+    widths: tuple[int, ...]
+    weight: float
+
+    def of(self, graph: Graph, golden: Mapping[str, np.ndarray]) -> quant_mcu.Searched:
+        """The graph with its maps narrowed."""
+        stage = None if self.stage is None else patches.stages(graph)[self.stage]
+        found = quant_mcu.space(graph, golden, stage, self.grid, self.phi, self.widths)
+        return found.at(self.weight, ROOM)
+
+
+def _maps(
+    graph: Graph,
+    patched: patches.Patched | None,
+    golden: Mapping[str, np.ndarray],
+    room: int,
+    calls: Callable[[Graph], Mapping[str, Call]],
+) -> Maps | None:
+    """The widest maps whose arena fits `room`, whole or in patches; None where the fewest bits need more."""
+    stages = patches.stages(graph)
+    shapes: list[tuple[int | None, tuple[int, int], tuple[float, ...]]] = [(None, (1, 1), (1.0,))]
+    if patched is not None:
+        index = next(i for i, s in enumerate(stages) if s.output.name == patched.until)
+        shapes.insert(0, (index, patched.grid, (quant_mcu.PHI, 1.0)))  # 1: no patch keeps 8 bits for its outliers
+    for widths in ((8, 4), (8, 4, 2)):
+        for stage, grid, limits in shapes:
+            for phi in limits:
+                space = quant_mcu.space(graph, golden, None if stage is None else stages[stage], grid, phi, widths)
+                steps = space.weights()
+                tried = [0.0, *((a + b) / 2 for a, b in itertools.pairwise(steps)), 1.0]
+                low, high, best = 0, len(tried), None
+                while low < high:  # fewer bits, less memory: bisection
+                    middle = (low + high) // 2
+                    made = space.at(tried[middle], ROOM).graph
+                    if memory.of(made, calls(made)).plan.arena <= room:
+                        best, low = tried[middle], middle + 1
+                    else:
+                        high = middle
+                if best is not None:
+                    return Maps(stage, grid, phi, widths, best)
+    return None
 
 
 def roomy(target: Target, ram: bool) -> Target:
@@ -301,13 +357,22 @@ def _missing(tried: Sequence[Cost], budget: Budget, why: str) -> str:
     )
 
 
-def _report(whole: Graph, chosen: Graph, golden: Mapping[str, np.ndarray], before: Cost, after: Cost) -> dict[str, Any]:
-    """What was traded: widths by layer, patches, figures before and after, and how far the outputs moved."""
+def _report(
+    whole: Graph,
+    narrowed: Graph,
+    final: Graph,
+    golden: Mapping[str, np.ndarray],
+    before: Cost,
+    after: Cost,
+    maps: Maps | None,
+) -> dict[str, Any]:
+    """What was traded: widths by layer, maps, patches, figures before and after, and how far the outputs moved."""
     original = {n.name: narrow.bits(n) for n in whole.nodes if n.op in narrow.OPS}
-    widths = {n.name: narrow.bits(n) for n in chosen.nodes if n.op in narrow.OPS}
-    want, got = whole.reference(golden), chosen.reference(golden)
+    widths = {n.name: narrow.bits(n) for n in narrowed.nodes if n.op in narrow.OPS}
+    want, got = whole.reference(golden), final.reference(golden)
     return {
         "narrowed": {k: w for k, w in widths.items() if w < original[k]},
+        "maps": None if maps is None else maps.of(narrowed, golden).summary(),
         "patches": after.patches,
         "before": {"flash_bytes": before.flash, "ram_bytes": before.ram, "latency_ms": before.latency_ms},
         "after": {"flash_bytes": after.flash, "ram_bytes": after.ram, "latency_ms": after.latency_ms},

@@ -135,7 +135,9 @@ def export(
     ] = None,
     package: Annotated[
         list[str] | None,
-        typer.Option(help="Format c: add an Arduino library ('arduino') or a Zephyr module ('zephyr'); Make and CMake are always there."),
+        typer.Option(
+            help="Format c: add an Arduino library ('arduino') or a Zephyr module ('zephyr'); Make and CMake are always there."
+        ),
     ] = None,
     force: Force = False,
     as_json: Json = False,
@@ -493,6 +495,8 @@ def _device(report: dict[str, Any]) -> list[str]:
         traded = report["budget"]
         narrowed = ", ".join(f"{k} {v} bits" for k, v in traded["narrowed"].items())
         lines.append(f"for the budget: {narrowed or 'weights stay as they are'}")
+        if traded["maps"]:
+            lines.append(f"feature maps: {traded['maps']}")
         if traded["patches"]:
             lines.append(f"first layers in patches: {traded['patches']['summary']}")
         before, after = traded["before"], traded["after"]
