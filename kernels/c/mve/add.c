@@ -28,8 +28,10 @@ static inline void add(const layer_t *l, const int8_t *a, const int8_t *b, int8_
         int8x16_t code;
         sum = vmlaq_n_s32(sum, vldrbq_z_s32(b, lanes), factor_b);
         sum = vaddq_n_s32(sum, start);
-        half = vqshrnbq_n_s32(vreinterpretq_s16_s32(sum), sum, 16);
-        code = vqshrnbq_n_s16(vreinterpretq_s8_s16(half), half, PLANISH_SHIFT - 16);
+        /* no narrowing shift: binutils 2.40 assembles VQSHRN as its rounding sister */
+        sum = vshrq_n_s32(sum, PLANISH_SHIFT);
+        half = vqmovnbq_s32(vreinterpretq_s16_s32(sum), sum);
+        code = vqmovnbq_s16(vreinterpretq_s8_s16(half), half);
 #ifdef PLANISH_CLAMP
         code = vminq_s8(vmaxq_s8(code, low), high);
 #endif
