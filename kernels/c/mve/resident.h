@@ -187,7 +187,13 @@ static inline void multiply_windows(windows_t *job)
 static inline void multiply_windows(windows_t *job)
 {
     const uint32_t *stream = job->stream;
+    int8_t window[WINDOWS][STEP * PLANISH_STEPS]; /* kept as in registers: outputs may lie over the input */
     int32_t o, i, k;
+    for (i = 0; i < WINDOWS; i++) {
+        for (k = 0; k < job->size; k++) {
+            window[i][k] = job->window[i].x[k];
+        }
+    }
     for (; stream != job->end; stream += 4 * (STEP / 4 * PLANISH_STEPS + 2)) {
         for (o = 0; o < 4; o++) {
             int32_t place = o / 2 + o % 2 * 2; /* outputs 0, 2, 1, 3 */
@@ -204,7 +210,7 @@ static inline void multiply_windows(windows_t *job)
             for (i = 0; i < WINDOWS; i++) {
                 int32_t sum = (int32_t)*bias;
                 for (k = 0; k < job->size; k++) {
-                    sum += job->window[i].x[k] * ((const int8_t *)weight)[k];
+                    sum += window[i][k] * ((const int8_t *)weight)[k];
                 }
                 job->y[i][o] = planish_requantize(sum, factor.f, (float)(job->low - job->zero_point),
                                                   (float)(job->high - job->zero_point), job->zero_point);
