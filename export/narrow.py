@@ -15,8 +15,8 @@ from dataclasses import replace
 
 import numpy as np
 
+from ..kernels import weights
 from ..kernels.op import Array, Node, Unsupported
-from ..kernels.weights import folded_bias
 from .graph import Graph
 
 OPS = ("conv2d", "depthwise_conv2d", "fully_connected")
@@ -26,11 +26,7 @@ TRIALS = np.linspace(0.4, 1.0, 31, dtype=np.float32)
 
 def bits(node: Node) -> int:
     """Width of a node's weight codes: the least of 8, 4 and 2 that holds them all; 8 for weights with a zero point."""
-    weight = node.constants["weight"]
-    if node.constants["weight_zero_point"].any():
-        return 8
-    low, high = int(weight.min()), int(weight.max())
-    return next(b for b in (2, 4, 8) if low >= -(1 << b - 1) and high < 1 << b - 1)
+    return 8 if node.constants["weight_zero_point"].any() else weights.bits(node.constants["weight"])
 
 
 def narrow(graph: Graph, width: int, names: Collection[str] | None = None) -> Graph:
@@ -61,7 +57,7 @@ def node_in(node: Node, width: int) -> Node:
             "rescale": (node.constants["rescale"] * step).astype(np.float32),
         },
     )
-    folded_bias(made)  # refuses sums that do not fit
+    weights.folded_bias(made)  # refuses sums that do not fit
     return made
 
 

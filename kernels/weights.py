@@ -67,6 +67,21 @@ def bits(weight: Array) -> int:
     return next(b for b in (2, 4, 8) if low >= -(1 << b - 1) and high < 1 << b - 1)
 
 
+def effective(node: Node, rows: Array) -> tuple[Array, Array, Array]:
+    """Folded bias (out,), factors (out,) and whether an output depends on its input at all; `rows` are its weights int8 (out, k).
+
+    Pruned and dead channels do not: they have a bias far beyond the range of codes, at a tiny scale. Bias and factor then give the
+    one code that they have, and their weights may be 0.
+    """
+    w, bias = rows.astype(np.int64), folded_bias(node).astype(np.int64)
+    factor = node.constants["rescale"].copy()
+    zero, low, high = node.output.zero_point, node.attributes["low"], node.attributes["high"]
+    ends = [bias + pick(-128 * w, 127 * w).sum(axis=1) for pick in (np.minimum, np.maximum)]
+    first, last = (integer.requantize(a, factor, zero, low, high).astype(np.int64) for a in ends)
+    varies = first != last
+    return np.where(varies, bias, first - zero), np.where(varies, factor, 1).astype(np.float32), varies
+
+
 def optional_zero_point(constants: Mapping[str, Array]) -> dict[str, Array]:
     """{'weight_zero_point': ...} for the C layer, left out (a null pointer) when all are 0."""
     zero = constants["weight_zero_point"]

@@ -172,7 +172,7 @@ def test_places_that_do_not_exist(code: Path, tmp_path: Path) -> None:
     refused("module 'no_such_package' of .* is not found", "no_such_package.nets:net", None, SHAPES)
     refused("does not exist; accepted", str(tmp_path / "none.bin"))
     refused("cannot be read", str(tmp_path / "none.pt2"))
-    refused("cannot be read", str(tmp_path / "none.onnx"))
+    refused("does not exist", str(tmp_path / "none.onnx"))
     refused("weights .* do not exist", f"{code}:net", tmp_path / "none.pt", SHAPES)
     refused("--input x=1,3,32,32", f"{code}:net")
 

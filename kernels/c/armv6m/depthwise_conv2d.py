@@ -11,7 +11,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from ... import window
+from ... import weights, window
 from ...op import Array, Call, Node
 from ..version import Version
 from . import pairs, requantize
@@ -49,7 +49,7 @@ class DepthwiseConv2d(Version):
         kernel = sums.weight[:, 0].transpose(0, 2, 1) if g.turned else sums.weight[:, 0]  # (c, kh, kw)
         if not _pairs_fit(kernel):
             return None
-        width = pairs.bits(kernel)
+        width = weights.bits(kernel)
         return Call(
             kernel="armv6m_depthwise_conv2d",
             sources=(requantize.SOURCE, "armv6m/depthwise.c"),

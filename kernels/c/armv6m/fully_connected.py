@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from ... import weights as codes
 from ...op import Array, Call, Node
 from .. import overlap
 from ..version import Version
@@ -69,7 +70,7 @@ class FullyConnected(Version):
             return None
         outputs, depth = sums.weight.shape
         odd = outputs % 2
-        width = pairs.bits(sums.weight)
+        width = codes.bits(sums.weight)
         lanes = min((lanes_of(sums.weight, width, taps) for taps in TAPS[width]), key=lambda x: x.cost)
         return Call(
             kernel="armv6m_fully_connected",

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ... import weights
 from ...op import Array
 
 TAPS = {8: (2, 3, 4, 8), 4: (8,), 2: (16,)}
@@ -65,12 +66,6 @@ def fits(chunks: Array) -> Array:
     return (127 * up + 128 * down < 1 << 15) & (128 * up + 127 * down <= 1 << 15)
 
 
-def bits(weight: Array) -> int:
-    """The least of 2, 4 and 8 bits that holds all codes."""
-    low, high = int(weight.min(initial=0)), int(weight.max(initial=0))
-    return next(b for b in (2, 4, 8) if low >= -(1 << b - 1) and high < 1 << b - 1)
-
-
 def split(rows: Array, taps: int) -> Chunks | None:
     """Weights int8 (out, k) in chunks of 8-bit weights; None when an extra chunk would have an index beyond 254."""
     chunks = _chunks(rows, taps)
@@ -113,7 +108,7 @@ def parts(chunk: Array) -> list[Array]:
 
 def best(rows: Array, depth: int) -> Chunks | None:
     """The chunks with the fewest instructions for weights int8 (out, k) of pixels with `depth` channels."""
-    width = bits(rows)
+    width = weights.bits(rows)
     if width < 8:
         return narrow(rows, width)
 

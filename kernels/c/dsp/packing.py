@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ... import integer, weights
+from ... import weights
 from ...op import Array, Node
 
 UNIT = 4
@@ -65,7 +65,7 @@ def pack(node: Node, rows: Array, parts: int = 1, added: int = 0, even: bool = F
         widths = [(0, 0), (0, groups * GROUP - each)] + [(0, 0)] * (values.ndim - 1)
         return np.pad(shaped, widths).reshape(-1, *values.shape[1:])
 
-    bias, factor, varies = outputs_of(node, rows)
+    bias, factor, varies = weights.effective(node, rows)
     w = np.pad(rows.astype(np.int64) * varies[:, None], ((0, 0), (0, units * UNIT - depth)))
     bias = bias - added * w.sum(axis=1)
     w, bias, factor = spread(w), spread(bias), spread(factor)
@@ -87,21 +87,6 @@ def order(bits: int, count: int) -> Array:
     """Positions of `count` codes, whole words of activations of `bits`, in the order in which they are gathered."""
     one = np.array(ORDERS[bits])
     return (np.arange(0, count, len(one))[:, None] + one).reshape(-1)
-
-
-def outputs_of(node: Node, rows: Array) -> tuple[Array, Array, Array]:
-    """Bias (out,), factors (out,) and whether an output depends on its input at all.
-
-    Pruned and dead channels do not: they have a bias far beyond the range of codes, at a tiny scale. Bias and factor then give the
-    one code that they have, and their weights may be 0.
-    """
-    w, bias = rows.astype(np.int64), weights.folded_bias(node).astype(np.int64)
-    factor = node.constants["rescale"].copy()
-    zero, low, high = node.output.zero_point, node.attributes["low"], node.attributes["high"]
-    ends = [bias + pick(-128 * w, 127 * w).sum(axis=1) for pick in (np.minimum, np.maximum)]
-    first, last = (integer.requantize(a, factor, zero, low, high).astype(np.int64) for a in ends)
-    varies = first != last
-    return np.where(varies, bias, first - zero), np.where(varies, factor, 1).astype(np.float32), varies
 
 
 def _form(w: Array, bias: Array, factor: Array) -> str:

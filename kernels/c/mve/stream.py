@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ... import weights
 from ...op import Array, Node
-from ..dsp.packing import outputs_of
 
 STEP = 16
 """products of one instruction"""
@@ -44,7 +44,7 @@ def blocks(node: Node, rows: Array, levels: Mapping[int, Sequence[int]], narrow:
     low, high = int(rows.min()), int(rows.max())
     bits = next(b for b in (2, 4, 8) if low >= -(1 << b - 1) and high < 1 << b - 1)
     count, steps = -(-outputs // BLOCK), -(-depth // STEP)
-    start, scale, varies = outputs_of(node, rows)
+    start, scale, varies = weights.effective(node, rows)
     codes = np.zeros((count * BLOCK, steps * STEP), np.int8)
     codes[:outputs, :depth] = rows * varies[:, None]
     more = (0, count * BLOCK - outputs)
