@@ -219,6 +219,10 @@ DEPTHWISE: list[dict[str, Any]] = [
     {"c": 6, "size": (12, 1), "kernel": (3, 1), "pads": (1, 0, 1, 0)},
     {"c": 4, "size": (1, 13), "kernel": (1, 2), "pads": NONE},
     {"c": 2, "size": (5, 6), "kernel": (1, 1), "pads": NONE},
+    {"c": 4, "size": (3, 3), "pads": NONE},  # a single output
+    {"c": 4, "size": (1, 1), "kernel": (1, 1), "pads": NONE},
+    {"c": 4, "size": (1, 1)},
+    {"c": 4, "size": (4, 2), "kernel": (3, 2), "pads": NONE, "stride": 2},
 ]
 
 

@@ -85,6 +85,7 @@ void PLANISH_KERNEL(const planish_armv6m_depthwise_conv2d_layer *l, const int8_t
                 "sub sp, #" TEXT(FRAME) "\n mov r1, sp\n"                                                              \
                 ".rept 4\n ldmia r0!, {r3, r4, r5, r6, r7}\n stmia r1!, {r3, r4, r5, r6, r7}\n .endr\n"  \
                 "ldr r2, [sp, #" TEXT(WEIGHT) "]\n ldr r7, [sp, #" TEXT(WINDOW) "]\n mov r12, r7\n movs r1, #0\n"      \
+                "ldr r3, [sp, #" TEXT(END) "]\n cmp r3, #0\n bne 1f\n b 2f\n" /* a single output: no pair */          \
                 "1: movs r7, #0\n mov r8, r7\n" ALL(row) "adds r1, #8*" TEXT(COLUMN_STRIDE) "\n"                       \
                 "mov r0, r7\n mov r2, r8\n lsls r3, r0, #16\n subs r2, r2, r3\n" /* r0 second, r2 first */             \
                 "ldr r3, [sp, #" TEXT(BIAS) "]\n ldr r4, [sp, #" TEXT(WORD) "]\n adds r0, r3\n adds r2, r3\n"          \

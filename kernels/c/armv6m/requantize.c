@@ -12,7 +12,7 @@ static uint64_t round_shift(uint64_t value, int32_t bits)
     return (value - (whole << bits)) + (whole & 1u) > ((uint64_t)1 << (bits - 1)) ? whole + 1u : whole;
 }
 
-int32_t planish_exact_code(int32_t sum, uint32_t word, const planish_scale *q)
+__attribute__((used)) int32_t planish_exact_code(int32_t sum, uint32_t word, const planish_scale *q)
 {
     uint32_t magnitude = sum < 0 ? 0u - (uint32_t)sum : (uint32_t)sum;
     int32_t fraction = q->exponent + (int32_t)(word & 255u);

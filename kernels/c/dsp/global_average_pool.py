@@ -28,6 +28,7 @@ class GlobalAveragePool(Version):
         made = global_average_pool.GlobalAveragePool().call(node)
         return replace(
             made,
+            overlap=x.shape[1] - x.shape[1] * x.bits // 8,  # an output's byte lies over channels that are packed closer
             kernel="dsp_global_average_pool",
             sources=(),
             headers=("dsp/pools.h",),
