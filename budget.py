@@ -28,6 +28,7 @@ from .export import c_project, memory, narrow, patches, qdq, quant_mcu
 from .export.artifact import Artifact
 from .export.format import Source
 from .export.graph import Graph
+from .kernels import integer
 from .kernels.op import Call
 from .runtimes.emulator import Emulator
 from .targets.target import Memory, Target
@@ -151,7 +152,8 @@ def fit(source: Source, target: Target, budget: Budget) -> tuple[Source, dict[st
         if start.ram > budget.ram:
             maps = _maps(graph, found, golden, room, calls)
             if maps is None:
-                raise PlanishError(_missing([before, start], budget, "with patches and maps of fewer bits neither"))
+                least = measure(narrow.narrow(graph, 2), source.name, roomy(target, ram=True), golden)
+                raise PlanishError(_missing([before, start, least], budget, "with patches and fewer bits neither"))
         start = build(graph)
     chosen, after = (graph, start) if not start.over(budget) else _narrowed(graph, start, golden, budget, build)
     made = replace(source, graph=shaped(chosen))
@@ -319,11 +321,23 @@ def _choose(
 
 def _losses(graph: Graph, names: Sequence[str], golden: Mapping[str, np.ndarray]) -> list[dict[int, float]]:
     """For every layer the loss of 8, 4 and 2 bits: squared distance of the outputs when it alone is narrowed."""
-    whole = graph.reference(golden)
+    whole = _answers(graph, golden)
     return [
-        {8: 0.0} | {w: _distance(narrow.narrow(graph, w, [n]).reference(golden), whole) for w in (4, 2)}
+        {8: 0.0} | {w: _distance(_answers(narrow.narrow(graph, w, [n]), golden), whole) for w in (4, 2)}
         for n in track(names, "measuring what fewer bits lose")
     ]
+
+
+def _answers(graph: Graph, golden: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Real values of the outputs, of what a softmax reads where one makes them: sure probabilities hide what was lost."""
+    makers = {n.output.name: n for n in graph.nodes}
+    codes = graph.codes(golden)
+    found: dict[str, np.ndarray] = {}
+    for port in graph.outputs:
+        node = makers.get(port.tensor.name)
+        tensor = node.inputs[0] if node is not None and node.op == "softmax" else port.tensor
+        found[port.name] = integer.dequantize(codes[tensor.name], tensor)
+    return found
 
 
 def _distance(got: Mapping[str, np.ndarray], want: Mapping[str, np.ndarray]) -> float:
@@ -369,7 +383,7 @@ def _report(
     """What was traded: widths by layer, maps, patches, figures before and after, and how far the outputs moved."""
     original = {n.name: narrow.bits(n) for n in whole.nodes if n.op in narrow.OPS}
     widths = {n.name: narrow.bits(n) for n in narrowed.nodes if n.op in narrow.OPS}
-    want, got = whole.reference(golden), final.reference(golden)
+    want, got = _answers(whole, golden), _answers(final, golden)
     return {
         "narrowed": {k: w for k, w in widths.items() if w < original[k]},
         "maps": None if maps is None else maps.of(narrowed, golden).summary(),

@@ -160,6 +160,8 @@ def export(
     if as_json:
         return _json(report)
     _print(f"{report['format']} artifact for {target} in {output}: {report['bytes']:,} bytes")
+    for name in report["files"]:
+        _print(f"  {name}")
     for key, what in (
         ("flash_bytes", "flash"),
         ("ram_bytes", "RAM"),
@@ -172,8 +174,6 @@ def export(
         _print(f"{report['instructions']:,} instructions an inference (emulator, exact)")
     for line in _device(report):
         _print(line)
-    for name in report["files"]:
-        _print(f"  {name}")
     for warning in report["warnings"]:
         _print(f"warning: {warning}")
 
@@ -504,6 +504,8 @@ def _device(report: dict[str, Any]) -> list[str]:
             f"flash {before['flash_bytes']:,} -> {after['flash_bytes']:,}, RAM {before['ram_bytes']:,} -> {after['ram_bytes']:,} bytes; "
             f"outputs moved by {traded['output_error']:.2%} (RMS)"
         )
+        if traded.get("samples") == "random":
+            lines.append("warning: losses were measured on random samples; --data gives real ones")
     return lines
 
 

@@ -191,7 +191,7 @@ def export(
     device = targets.load(target)
     kind = format or device.format
     writer = plugins.create(f"{__package__}.export", Format, kind, "format")
-    limits = budgets.parse(budget) if budget else None
+    limits = None if budget is None else budgets.parse(budget)
     if limits is not None and kind != "c":
         raise PlanishError(f"--budget is for format c, in which the network itself is fitted; '{kind}' was asked for")
     packages.check(package, kind)
@@ -200,6 +200,8 @@ def export(
         source, origin = _source(model, weights, inputs, samples, Path(scratch))
         if limits is not None:
             source, origin["budget"] = budgets.fit(source, device, limits)
+            if data is None and "recipe" not in origin:
+                origin["budget"]["samples"] = "random"
             device = budgets.limited(device, limits)
         with files.new_folder(output, force) as folder:
             written = writer.write(source, device, folder)
@@ -622,12 +624,19 @@ def _noise(model: onnx.ModelProto, spec: str) -> dict[str, np.ndarray]:
     found: dict[str, np.ndarray] = {}
     for item in _onnx_inputs(model):
         if any(d <= 0 for d in item.shape[1:]):
-            raise PlanishError(f"'{spec}': input '{item.name}' has a dynamic dimension besides the batch; give --data")
+            raise PlanishError(
+                f"'{spec}': input '{item.name}' has shape {_dims(item.shape)}; only the batch may be dynamic: fix the other dimensions"
+            )
         full = (item.shape[0] if item.shape and item.shape[0] > 0 else GOLDEN, *item.shape[1:])
         noise = generator.standard_normal(full)
         values = noise if item.dtype.is_floating_point else np.rint(noise * 32 + 64).clip(0, 127)
         found[item.name] = values.astype(torch.empty(0, dtype=item.dtype).numpy().dtype)
     return found
+
+
+def _dims(shape: Sequence[int]) -> str:
+    """'(n, 3, ?, ?)': a dynamic dimension is a question mark."""
+    return "(" + ", ".join(["n", *("?" if d <= 0 else str(d) for d in shape[1:])]) + ")"
 
 
 def _onnx_inputs(model: onnx.ModelProto) -> list[Input]:

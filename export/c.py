@@ -73,7 +73,7 @@ def write_project(
     facts = _facts(project)
     if patched is not None:
         facts["patches"] = patched.facts()
-        warnings.append(f"the model fits only in patches: {patched.summary()}")
+        warnings.append(f"whole maps do not fit the RAM; in patches: {patched.summary()}")
     if target.flash is not None and target.ram is not None:
         facts["regions"] = {"flash": target.flash.model_dump(), "ram": target.ram.model_dump()}
     flash: int | None = None
@@ -110,6 +110,7 @@ def sources_of(project: Project) -> list[str]:
 def check_budget(project: Project, target: Target) -> None:
     """Raise PlanishError when the arena cannot fit in the target's RAM or the weights in its flash."""
     plan = project.memory.plan
+    over_flash = target.flash is not None and project.weight_bytes > target.flash.length
     if target.ram is not None:
         needed = plan.arena + firmware.STACK
         if needed > target.ram.length:
@@ -123,8 +124,13 @@ def check_budget(project: Project, target: Target) -> None:
             raise PlanishError(
                 f"model '{project.title}' is too large for '{target.name}': {needed} bytes of RAM (arena {plan.arena}, stack "
                 f"{firmware.STACK}), {needed - target.ram.length} over its {target.ram.length}; the peak is {where}: {tensors}"
+                + (
+                    f"; and its {project.weight_bytes} bytes of weights do not fit the flash either"
+                    if over_flash
+                    else ""
+                )
             )
-    if target.flash is not None and project.weight_bytes > target.flash.length:
+    if target.flash is not None and over_flash:
         sizes = sorted(((sum(a.values.nbytes for a in x.arrays), x.node.name) for x in project.layers), reverse=True)
         largest = ", ".join(f"'{n}' {b} bytes" for b, n in sizes[:3])
         raise PlanishError(

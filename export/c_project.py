@@ -108,6 +108,8 @@ class Instance:
     inputs: str
     """parameters of the function between the layer and the output"""
     scratch: bool
+    headers: tuple[str, ...]
+    """that declare the layer's struct"""
 
     @property
     def file(self) -> str:
@@ -295,7 +297,16 @@ def _instances(model: str, calls: Iterable[tuple[Node, Call]]) -> dict[tuple[obj
         inputs = "const int8_t *const *x" if call.input_array else ", ".join(many)
         name = f"{call.kernel}_{count}"
         function = f"{model}_{name}"
-        found[_key(call)] = Instance(name, function, call.kernel, call.template, call.defines, inputs, call.scratch > 0)
+        found[_key(call)] = Instance(
+            name,
+            function,
+            call.kernel,
+            call.template,
+            call.defines,
+            inputs,
+            call.scratch > 0,
+            call.headers or ("planish.h",),
+        )
     return found
 
 

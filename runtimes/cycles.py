@@ -7,13 +7,13 @@ memory or a flash accelerator that always hits. The high end takes two cycles fo
 `wait_states` cycles for every taken branch (a new flash line) and every fourth word loaded (a line of 16 bytes, as if all loads
 came from flash). Sources:
 
-    cortex-m0plus  Arm DDI 0484 (Cortex-M0+ TRM r0p1), table 3-1: loads and stores 2, LDM/STM 1 + N, taken branches 2, MULS 1
+    cortex-m0plus  Arm DDI 0484 (Cortex-M0+ TRM r0p1), table 3-1: loads and stores 2, LDM/STM 1 + N, taken branches 2, BL 3, MULS 1
     cortex-m3, m4  Arm 100165 and 100166 (TRM), table "instruction set summary": loads 2 or pipelined 1, LDM 1 + N, taken branches
-                   1 + P with P = 1..3, SDIV 2..12; FPU: VDIV and VSQRT 14, fused multiply-add 3, VLDM 1 + N
+                   1 + P with P = 1..3, SDIV 2..12, on the M3 multiplications 1 to 7; FPU: VDIV and VSQRT 14, fused multiply-add 3, VLDM 1 + N
     cortex-m33     Arm 100230: as the M4 with one-cycle folding of some branches; the same table is used
     cortex-m7      Arm publishes no timings: the band is two instructions a cycle (dual issue) to one a cycle plus the waits
-    cortex-m55     Arm publishes no table: a 128-bit vector operation takes two beats-of-64-bit cycles, and a vector load overlaps the
-                   arithmetic of the one before: one to two cycles an instruction
+    cortex-m55     Arm publishes no table: a vector operation takes two cycles and overlaps its neighbours, so the band is one cycle an
+                   instruction to two, and refills
 
 It is an estimate of a range, not a measurement. `benchmarks/mcu.py --cycles` holds it against published board results.
 """
@@ -54,32 +54,29 @@ ONE: tuple[float, float] = (1, 1)
 M4 = Core(
     kinds={
         "load": (0, 1),
-        "store": (0, 0),
+        "store": (0, 1),
         "div": (2, 12),
         "fma": (3, 3),
         "fdiv": (14, 14),
-        "fmove2": (2, 2),
     },
     refill=(1, 3),
 )
 CORES = {
-    "cortex-m0plus": Core(kinds={"load": (1, 1), "store": (1, 1)}, refill=(1, 1)),
-    "cortex-m3": M4,
+    "cortex-m0plus": Core(kinds={"load": (1, 1), "store": (1, 1)}, refill=(1, 2)),
+    "cortex-m3": Core(kinds={**M4.kinds, "mul": (1, 7)}, refill=(1, 3)),
     "cortex-m4": M4,
     "cortex-m33": M4,
     "cortex-m7": Core(
-        kinds={"load": (0, 1), "store": (0, 0), "div": (2, 12), "fdiv": (14, 14)}, refill=(0, 2), issue=2
+        kinds={"load": (0, 1), "store": (0, 1), "div": (2, 12), "fdiv": (14, 14)}, refill=(0, 2), issue=2
     ),
-    "cortex-m55": Core(
-        kinds={"load": (0, 1), "store": (0, 0), "div": (2, 12), "fdiv": (14, 14), "vector": (1, 2)}, refill=(0, 2)
-    ),
+    "cortex-m55": Core(kinds={}, refill=(0, 2)),
 }
 
 
 def estimate(work: Tally, core: str, wait_states: int | None = None) -> Band | None:
     """Cycles of `work` on a core, None for one without a model. `wait_states` of the flash count at the high end only.
 
-    Work that was counted without kinds (QEMU) takes one cycle an instruction at least; each word moved may cost another.
+    Work that was counted without kinds (QEMU) takes one to two cycles an instruction.
     """
     model = CORES.get(core)
     if model is None:
@@ -89,7 +86,7 @@ def estimate(work: Tally, core: str, wait_states: int | None = None) -> Band | N
     ends: list[float] = []
     for end in (0, 1):
         if work.kinds is None:
-            total = work.instructions + end * words
+            total = work.instructions * (1 + end)
         else:
             total = sum(n * model.kinds.get(kind, ONE)[end] for kind, n in work.kinds.items()) + words * model.word[end]
         ends.append(total + branches * model.refill[end])

@@ -298,15 +298,6 @@ class Machine:
         return self.image.where(self.uc.reg_read(self.registers.UC_ARM_REG_PC) & ~1)
 
 
-def instructions(code: bytes) -> int:
-    """Number of Thumb instructions in a block: a halfword from 0b11101 on starts one of 32 bits (Armv7-M ARM, A5.1)."""
-    at = count = 0
-    while at < len(code):
-        at += 4 if _wide(code[at + 1]) else 2
-        count += 1
-    return count
-
-
 def _wide(high_byte: int) -> bool:
     return high_byte >> 3 in (0b11101, 0b11110, 0b11111)
 

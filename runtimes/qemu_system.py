@@ -6,6 +6,7 @@ output is read when the firmware hands it out. Counts come from a second QEMU wi
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import socket
 import subprocess
@@ -28,6 +29,8 @@ from .image import PAINT, Image, used_stack
 from .tally import Counts, Tally
 
 PROGRAM = "qemu-system-arm"
+ENDING = 5.0
+"""seconds that QEMU may take to end by itself"""
 TIMEOUT = 120.0
 """seconds that the firmware may take between two stops"""
 STACK_POINTER, PROGRAM_COUNTER = 13, 15
@@ -101,7 +104,10 @@ class Board:
 
     def _said(self, error: Lost) -> str:
         """QEMU's own message where there is one."""
-        self.process.wait(TIMEOUT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(ENDING)
+        self.process.kill()
+        self.process.wait()
         self.log.seek(0)
         lines = [line.strip() for line in self.log if line.strip()]
         return lines[0][:300] if lines else f"{error} (status {self.process.returncode})"

@@ -14,7 +14,7 @@ class Tally:
 
     instructions: int = 0
     loads: int | None = None
-    """aligned words of four bytes that were read: an instruction counts each word that it touches once. None: not counted"""
+    """words of up to four bytes that were read, those of instructions included whose condition failed. None: not counted"""
     stores: int | None = None
     """the same for writes"""
     branches: int | None = None

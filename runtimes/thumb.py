@@ -9,9 +9,8 @@ from typing import Any, Literal
 
 from ..common.errors import missing_extra
 
-Kind = Literal["alu", "mul", "div", "load", "store", "branch", "fp", "fma", "fdiv", "fmove2", "vector"]
-"""fp: one-cycle float operations and moves; fdiv: division and square root; fmove2: two registers between core and FPU at once;
-vector: MVE arithmetic"""
+Kind = Literal["alu", "mul", "div", "load", "store", "branch", "fp", "fma", "fdiv"]
+"""fp: one-cycle float operations and moves; fdiv: division and square root"""
 
 MULTIPLY = ("mul", "mla", "mls", "smul", "smla", "smml", "smus", "smls", "umull", "umlal", "umaal", "smmul", "smua")
 LOADS = ("ldr", "ldm", "pop", "vldr", "vldm", "vpop")

@@ -4,6 +4,8 @@
  * width, channels), all others as in ONNX; the batch is 1. Every kernel has one constant layer struct: numbers first, then
  * pointers to constant arrays. A pointer that is described as optional may be null.
  *
+ * Kernels for Cortex-M with an FPU expect its rounding mode to be the one after reset, to nearest (FPSCR.RMode 0).
+ *
  * All float arithmetic is IEEE single precision, one rounding an operation: build with -ffp-contract=off and without
  * -ffast-math. Results are then the same bits on every core, with or without a floating-point unit.
  */

@@ -43,6 +43,7 @@ def test_kinds(halfwords: str) -> None:
 def test_a_block_is_the_sum_of_its_instructions() -> None:
     block = thumb.read(code("".join(CODES)))
     assert block.instructions == len(CODES)
+    assert thumb.read(bytes.fromhex("0020dff804000020")).instructions == 3  # movs, ldr.w, movs
     assert block.load_words == sum(loads for _, loads, _ in CODES.values())
 
 
@@ -56,6 +57,7 @@ def test_m4_table() -> None:
     """One load of a word takes 1 (pipelined) to 2 cycles, LDM of four 4 to 5, a taken branch 2 to 4 (Arm 100166)."""
     assert band("cortex-m4", instructions=1, kinds=Counter(load=1), loads=1, stores=0, branches=0) == cycles.Band(1, 2)
     assert band("cortex-m4", instructions=1, kinds=Counter(load=1), loads=4, stores=0, branches=0) == cycles.Band(4, 5)
+    assert band("cortex-m4", instructions=1, kinds=Counter(store=1), loads=0, stores=1, branches=0) == cycles.Band(1, 2)
     jump = {"instructions": 1, "kinds": Counter(branch=1), "loads": 0, "stores": 0, "branches": 1}
     assert band("cortex-m4", **jump) == cycles.Band(2, 4)
     assert band("cortex-m4", 5, **jump) == cycles.Band(2, 9)

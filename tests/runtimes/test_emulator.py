@@ -9,7 +9,7 @@ from planish.export import firmware
 from planish.export.artifact import Artifact
 from planish.export.c import C
 from planish.export.format import Source
-from planish.runtimes.emulator import Emulator, instructions
+from planish.runtimes.emulator import Emulator
 from planish.targets import target as targets
 
 pytest.importorskip("ziglang", reason="ziglang is not installed (extra 'mcu')")
@@ -68,9 +68,3 @@ def test_artifact_without_firmware(tiny, tmp_path):
     shutil.copytree(tmp_path / "a", tmp_path / "b", ignore=shutil.ignore_patterns("firmware.elf"))
     with pytest.raises(PlanishError, match=r"no firmware\.elf"):
         Emulator().open(Artifact(tmp_path / "b", made.manifest), 1)
-
-
-def test_instruction_lengths():
-    assert instructions(bytes.fromhex("7047")) == 1  # bx lr
-    assert instructions(bytes.fromhex("00f001f8")) == 1  # bl
-    assert instructions(bytes.fromhex("0020dff804000020")) == 3  # movs, ldr.w, movs

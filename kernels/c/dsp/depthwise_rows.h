@@ -32,7 +32,7 @@ static inline columns_t columns_of(const planish_dsp_depthwise_conv2d_layer *l)
 }
 
 /* One row of four channels, from its first column on; `step` bytes from column to column. */
-#if defined(__ARM_FEATURE_DSP) && WORDS && X_BITS == 8 && 3 * PLANE_BYTES <= 1020
+#if defined(__ARM_FEATURE_DSP) && defined(__ARM_FP) && WORDS && X_BITS == 8 && 3 * PLANE_BYTES <= 1020
 #define STORE(instruction, what, channel) instruction " " what ", [r2, #" TEXT(channel * PLANE_BYTES) "]\n"
 static inline void spread_row(int8_t *to, const int8_t *x, int32_t step, const columns_t *columns)
 {

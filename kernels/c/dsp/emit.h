@@ -23,7 +23,7 @@ enum { LOWEST = -(1 << (Y_BITS - 1)), HIGHEST = -LOWEST - 1, EACH = 8 / Y_BITS, 
 /* both halves saturated to Y_BITS, and the bits above cleared */
 static inline uint32_t saturate(uint32_t halves)
 {
-#if defined(__ARM_FEATURE_DSP)
+#if defined(__ARM_FEATURE_DSP) && defined(__ARM_FP)
     return (uint32_t)__ssat16((int16x2_t)halves, Y_BITS) & MASK * 0x00010001u;
 #else
     int32_t low = (int16_t)halves, high = (int16_t)(halves >> 16);

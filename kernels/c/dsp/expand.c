@@ -1,7 +1,7 @@
 /* Codes of two columns to interleaved pairs of 16-bit numbers; see product.h. */
 #include "dsp/product.h"
 
-#if defined(__ARM_FEATURE_DSP)
+#if defined(__ARM_FEATURE_DSP) && defined(__ARM_FP)
 
 /* r0 a, r1 b, r2 pairs, r3 words; on the stack rows and step */
 #define EXPAND(NAME)                                                                                        \

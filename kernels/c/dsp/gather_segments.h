@@ -107,7 +107,7 @@ static inline uint32_t rest_of(window_t w, int32_t k)
 
 static inline uint32_t *put(uint32_t *pairs, uint32_t even_a, uint32_t even_b, uint32_t odd_a, uint32_t odd_b)
 {
-#if defined(__ARM_FEATURE_DSP)
+#if defined(__ARM_FEATURE_DSP) && defined(__ARM_FP)
     /* one instruction, which compilers do not find here */
     register uint32_t r2 __asm__("r2") = even_a, r3 __asm__("r3") = even_b, r4 __asm__("r4") = odd_a, r5 __asm__("r5") = odd_b;
     __asm__ volatile("stmia %0!, {%1, %2, %3, %4}" : "+r"(pairs) : "r"(r2), "r"(r3), "r"(r4), "r"(r5) : "memory");

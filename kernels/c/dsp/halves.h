@@ -4,7 +4,7 @@
 
 #include <stdint.h>
 
-#if defined(__ARM_FEATURE_DSP)
+#if defined(__ARM_FEATURE_DSP) && defined(__ARM_FP)
 #include <arm_acle.h>
 #endif
 
@@ -48,7 +48,7 @@ static inline uint32_t planish_high_halves(uint32_t a, uint32_t b)
 /* bytes 0 and 2, sign extended */
 static inline uint32_t planish_even_bytes(uint32_t word)
 {
-#if defined(__ARM_FEATURE_DSP)
+#if defined(__ARM_FEATURE_DSP) && defined(__ARM_FP)
     return (uint32_t)__sxtb16(word);
 #else
     return (uint16_t)(int8_t)word | (uint32_t)(uint16_t)(int8_t)(word >> 16) << 16;
@@ -64,7 +64,7 @@ static inline uint32_t planish_odd_bytes(uint32_t word)
 /* halves of a, each with byte 0 or 2 of the word added, sign extended; modulo 2^16 */
 static inline uint32_t planish_add_even_bytes(uint32_t a, uint32_t word)
 {
-#if defined(__ARM_FEATURE_DSP)
+#if defined(__ARM_FEATURE_DSP) && defined(__ARM_FP)
     return (uint32_t)__sxtab16((int16x2_t)a, (int8x4_t)word);
 #else
     uint32_t bytes = planish_even_bytes(word);
@@ -81,7 +81,7 @@ static inline uint32_t planish_add_odd_bytes(uint32_t a, uint32_t word)
 /* the larger of each two signed bytes */
 static inline uint32_t planish_max_bytes(uint32_t a, uint32_t b)
 {
-#if defined(__ARM_FEATURE_DSP)
+#if defined(__ARM_FEATURE_DSP) && defined(__ARM_FP)
     __asm__("ssub8 r12, %0, %1\n" /* sets a flag for every byte of a that is no less than b's */
             "sel %0, %0, %1"
             : "+r"(a)
@@ -101,7 +101,7 @@ static inline uint32_t planish_max_bytes(uint32_t a, uint32_t b)
 /* each byte less that of b, modulo 256 */
 static inline uint32_t planish_subtract_bytes(uint32_t a, uint32_t b)
 {
-#if defined(__ARM_FEATURE_DSP)
+#if defined(__ARM_FEATURE_DSP) && defined(__ARM_FP)
     return (uint32_t)__ssub8((int8x4_t)a, (int8x4_t)b);
 #else
     return ((a | 0x80808080u) - (b & 0x7F7F7F7Fu)) ^ ((a ^ ~b) & 0x80808080u);
@@ -148,7 +148,7 @@ static inline void planish_pack_four(int8_t *p, uint32_t codes, int32_t bits)
 /* sum of both products of halves, and c */
 static inline int32_t planish_dot(uint32_t a, uint32_t b, int32_t c)
 {
-#if defined(__ARM_FEATURE_DSP)
+#if defined(__ARM_FEATURE_DSP) && defined(__ARM_FP)
     return __smlad((int16x2_t)a, (int16x2_t)b, c);
 #else
     return c + (int16_t)a * (int16_t)b + (int16_t)(a >> 16) * (int16_t)(b >> 16);
@@ -158,7 +158,7 @@ static inline int32_t planish_dot(uint32_t a, uint32_t b, int32_t c)
 /* c + (a * low half of b >> 16), the product in 48 bits */
 static inline int32_t planish_product_low(int32_t a, uint32_t b, int32_t c)
 {
-#if defined(__ARM_FEATURE_DSP)
+#if defined(__ARM_FEATURE_DSP) && defined(__ARM_FP)
     return __smlawb(a, (int32_t)b, c);
 #else
     return c + (int32_t)((int64_t)a * (int16_t)b >> 16);
@@ -168,7 +168,7 @@ static inline int32_t planish_product_low(int32_t a, uint32_t b, int32_t c)
 /* the same with the high half */
 static inline int32_t planish_product_high(int32_t a, uint32_t b, int32_t c)
 {
-#if defined(__ARM_FEATURE_DSP)
+#if defined(__ARM_FEATURE_DSP) && defined(__ARM_FP)
     return __smlawt(a, (int32_t)b, c);
 #else
     return c + (int32_t)((int64_t)a * ((int32_t)b >> 16) >> 16);
@@ -178,7 +178,7 @@ static inline int32_t planish_product_high(int32_t a, uint32_t b, int32_t c)
 /* upper half of a * b + (high, low), 64 bits */
 static inline int32_t planish_multiply_add_high(int32_t a, int32_t b, uint32_t low, uint32_t high)
 {
-#if defined(__ARM_FEATURE_DSP)
+#if defined(__ARM_FEATURE_DSP) && defined(__ARM_FP)
     __asm__("smlal %0, %1, %2, %3" : "+r"(low), "+r"(high) : "r"(a), "r"(b));
     return (int32_t)high;
 #else

@@ -9,7 +9,7 @@ enum { WAYS = 2 }; /* vectors that take turns */
 /* halves of a less those of b */
 static inline uint32_t less(uint32_t a, uint32_t b)
 {
-#if defined(__ARM_FEATURE_DSP)
+#if defined(__ARM_FEATURE_DSP) && defined(__ARM_FP)
     return (uint32_t)__ssub16((int16x2_t)a, (int16x2_t)b);
 #else
     return ((a - b) & 0xFFFFu) | ((a & 0xFFFF0000u) - (b & 0xFFFF0000u));
@@ -77,7 +77,7 @@ static PLANISH_APART void turn(const int8_t *x, int32_t step, int32_t depth, uin
 static inline void products(const uint32_t *a, const uint32_t *b, int32_t units, int32_t *sums)
 {
     int32_t s00 = 0, s01 = 0, s10 = 0, s11 = 0;
-#if defined(__ARM_FEATURE_DSP)
+#if defined(__ARM_FEATURE_DSP) && defined(__ARM_FP)
     uint32_t a0, a1, b0, b1;
     __asm__("1:\n"
             "ldrd %[a0], %[a1], [%[a]], #8\n"

@@ -1,7 +1,7 @@
 /* Product with 2-bit weights; see product.h. */
 #include "dsp/product.h"
 
-#if defined(__ARM_FEATURE_DSP)
+#if defined(__ARM_FEATURE_DSP) && defined(__ARM_FP)
 #include "dsp/product_asm.h"
 
 /* W: the numbers of two depths */

@@ -1,7 +1,7 @@
 /* Product with 8-bit weights; see product.h. */
 #include "dsp/product.h"
 
-#if defined(__ARM_FEATURE_DSP)
+#if defined(__ARM_FEATURE_DSP) && defined(__ARM_FP)
 #include "dsp/product_asm.h"
 
 #define STEP                        \

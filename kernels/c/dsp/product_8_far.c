@@ -1,7 +1,7 @@
 /* Product with 8-bit weights whose sums may be of any size; see product.h. */
 #include "dsp/product.h"
 
-#if defined(__ARM_FEATURE_DSP)
+#if defined(__ARM_FEATURE_DSP) && defined(__ARM_FP)
 #include "dsp/product_asm.h"
 
 /* the next two outputs' weights with the sums HIGH_A and LOW_A of the first column, HIGH_B and LOW_B of the second */

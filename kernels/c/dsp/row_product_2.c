@@ -1,7 +1,7 @@
 /* Product of 2-bit weights with one column; see product.h. */
 #include "dsp/product.h"
 
-#if defined(__ARM_FEATURE_DSP)
+#if defined(__ARM_FEATURE_DSP) && defined(__ARM_FP)
 #include "dsp/product_asm.h"
 
 /* W: the numbers of two depths, A: their activations */

@@ -1,7 +1,7 @@
 /* Product of 8-bit weights with one column; see product.h. */
 #include "dsp/product.h"
 
-#if defined(__ARM_FEATURE_DSP)
+#if defined(__ARM_FEATURE_DSP) && defined(__ARM_FP)
 #include "dsp/product_asm.h"
 
 /* W0 with outputs 0 and 1, W1 with outputs 2 and 3, by the activations A */

@@ -1,7 +1,7 @@
 /* Product of 8-bit weights with one column, sums of any size; see product.h. */
 #include "dsp/product.h"
 
-#if defined(__ARM_FEATURE_DSP)
+#if defined(__ARM_FEATURE_DSP) && defined(__ARM_FP)
 #include "dsp/product_asm.h"
 
 /* the next weights of four outputs by the activations A */
