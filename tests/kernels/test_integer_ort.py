@@ -80,7 +80,7 @@ def test_random_quantizations(op_name: str, bench: Any, tmp_path: Path) -> None:
             assert wrong == 0 or not exact, f"{op_name} example {i} seed {seed}: {wrong} of {difference.size} differ"
             assert np.abs(difference).max() <= 1
             compared += difference.size
-    assert compared > 0 or op_name == "flatten"
+    assert compared > 0 or op_name in ("flatten", "paste")  # an alias; an op that only patches make, which ONNX has not
 
 
 def test_moves_need_no_arithmetic(bench: Any, tmp_path: Path) -> None:
