@@ -42,6 +42,8 @@ SETS = ((8, 4), (8, 2), (8, 4, 2))
 """widths that are tried together: every width brings code of its own"""
 ROOM = 1 << 24
 """bytes of a memory without limit"""
+INNER = 0.1
+"""weight of the tensors inside the network in the loss of a layer"""
 SAMPLES = 4
 """golden samples that the loss of a layer is measured on"""
 WEIGHTS = np.geomspace(1e-3, 1e3, 13)
@@ -320,12 +322,16 @@ def _choose(
 
 
 def _losses(graph: Graph, names: Sequence[str], golden: Mapping[str, np.ndarray]) -> list[dict[int, float]]:
-    """For every layer the loss of 8, 4 and 2 bits: squared distance of the outputs when it alone is narrowed."""
-    whole = _answers(graph, golden)
-    return [
-        {8: 0.0} | {w: _distance(_answers(narrow.narrow(graph, w, [n]), golden), whole) for w in (4, 2)}
-        for n in track(names, "measuring what fewer bits lose")
-    ]
+    """For every layer the loss of 8, 4 and 2 bits: squared distance of the outputs when it alone is narrowed, and INNER times that of
+    all tensors: samples on which the outputs stand at an end of their range do not make every width look free.
+    """
+    whole, inner = _answers(graph, golden), _values(graph, golden)
+
+    def loss(name: str, width: int) -> float:
+        narrowed = narrow.narrow(graph, width, [name])
+        return _distance(_answers(narrowed, golden), whole) + INNER * _distance(_values(narrowed, golden), inner)
+
+    return [{8: 0.0} | {w: loss(n, w) for w in (4, 2)} for n in track(names, "measuring what fewer bits lose")]
 
 
 def _answers(graph: Graph, golden: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -338,6 +344,12 @@ def _answers(graph: Graph, golden: Mapping[str, np.ndarray]) -> dict[str, np.nda
         tensor = node.inputs[0] if node is not None and node.op == "softmax" else port.tensor
         found[port.name] = integer.dequantize(codes[tensor.name], tensor)
     return found
+
+
+def _values(graph: Graph, golden: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Real values of what every node makes."""
+    codes = graph.codes(golden)
+    return {n.output.name: integer.dequantize(codes[n.output.name], n.output) for n in graph.nodes}
 
 
 def _distance(got: Mapping[str, np.ndarray], want: Mapping[str, np.ndarray]) -> float:

@@ -482,15 +482,20 @@ def _quality(report: dict[str, Any]) -> str:
     return f"{report['metric']} {shown} on {report['n']} {what}"
 
 
+def _band(ends: tuple[float, float]) -> str:
+    """'18.5 to 28.3'; one number where both ends read the same."""
+    low, high = (f"{v:,.0f}" if v >= 100 else f"{v:.3g}" for v in ends)
+    return low if low == high else f"{low} to {high}"
+
+
 def _device(report: dict[str, Any]) -> list[str]:
     """Lines about one inference on a microcontroller, and what a budget traded."""
     lines: list[str] = []
     if "latency_estimate_ms" in report:
-        low, high = report["latency_estimate_ms"]
-        lines.append(f"{low:.3g} to {high:.3g} ms (estimate of the core's cycle model)")
+        lines.append(f"{_band(report['latency_estimate_ms'])} ms (estimate of the core's cycle model)")
     if "energy_estimate_uj" in report:
         low, high = report["energy_estimate_uj"]
-        lines.append(f"{low / 1e3:.3g} to {high / 1e3:.3g} mJ (estimate from the datasheet's current)")
+        lines.append(f"{_band((low / 1e3, high / 1e3))} mJ (estimate from the datasheet's current)")
     if "budget" in report:
         traded = report["budget"]
         narrowed = ", ".join(f"{k} {v} bits" for k, v in traded["narrowed"].items())
@@ -502,7 +507,11 @@ def _device(report: dict[str, Any]) -> list[str]:
         before, after = traded["before"], traded["after"]
         lines.append(
             f"flash {before['flash_bytes']:,} -> {after['flash_bytes']:,}, RAM {before['ram_bytes']:,} -> {after['ram_bytes']:,} bytes; "
-            f"outputs moved by {traded['output_error']:.2%} (RMS)"
+            + (
+                f"outputs moved by {traded['output_error']:.2%} (RMS)"
+                if traded["output_error"] or not traded["narrowed"]
+                else "outputs did not move on these samples, which says little"
+            )
         )
         if traded.get("samples") == "random":
             lines.append("warning: losses were measured on random samples; --data gives real ones")
