@@ -154,7 +154,8 @@ def fit(source: Source, target: Target, budget: Budget) -> tuple[Source, dict[st
         if start.ram > budget.ram:
             maps = _maps(graph, found, golden, room, calls)
             if maps is None:
-                least = measure(narrow.narrow(graph, 2), source.name, roomy(target, ram=True), golden)
+                fewest = Maps(None, (1, 1), 1.0, (8, 4, 2), 0.0).of(narrow.narrow(graph, 2), golden).graph
+                least = measure(fewest, source.name, roomy(target, ram=True), golden)
                 raise PlanishError(_missing([before, start, least], budget, "with patches and fewer bits neither"))
         start = build(graph)
     chosen, after = (graph, start) if not start.over(budget) else _narrowed(graph, start, golden, budget, build)

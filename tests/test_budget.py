@@ -91,6 +91,22 @@ def test_flash_is_kept_by_narrower_weights(tmp_path: Path) -> None:
 
 
 @NEEDS
+def test_ram_is_kept_by_narrower_maps(tiny: Any, tmp_path: Path) -> None:
+    pytest.importorskip("unicorn", reason="unicorn is not installed (extra 'mcu')")
+    model, _ = tiny("residual")
+    onnx.save(model, tmp_path / "net.onnx")
+    whole = planish.export(str(tmp_path / "net.onnx"), target="stm32f446", output=tmp_path / "whole")
+    asked = whole["ram_bytes"] - whole["arena_bytes"] // 5
+    fitted = planish.export(
+        str(tmp_path / "net.onnx"), target="stm32f446", output=tmp_path / "fitted", budget=f"ram={asked}"
+    )
+    assert fitted["ram_bytes"] <= asked
+    assert "8, 4, 2 bits" in fitted["budget"]["maps"]
+    assert fitted["budget"]["samples"] == "random"
+    assert planish.verify(tmp_path / "fitted")["exact"]
+
+
+@NEEDS
 def test_what_fits_already_is_not_touched(tiny: Any, tmp_path: Path) -> None:
     pytest.importorskip("unicorn", reason="unicorn is not installed (extra 'mcu')")
     model, _ = tiny("residual")
