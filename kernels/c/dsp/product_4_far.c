@@ -36,14 +36,7 @@ __attribute__((naked)) void planish_product_4_far(__attribute__((unused)) const 
             DIFFERENCE("r6", "r7", "r2", "3")
             DIFFERENCE("r8", "r9", "r3", "3")
             DIFFERENCE("r10", "r11", "r3", "3")
-            PRODUCT_ROUND
-            OUTPUT
-            FAR_ZERO_POINT
-            "add r3, r2\n"
-            FAR_CODES("r8", "r9", "r10", "r11", "r3")
-            FAR_CODES("r4", "r5", "r6", "r7", "r2")
-            "adds r2, #4\n"
-            NEXT);
+            PRODUCT_FAR_REQUANTIZE);
 }
 #else
 #include "dsp/product_c.h"

@@ -195,4 +195,22 @@
     "str r4, [r2], #4\n"               \
     NEXT
 
+#define PRODUCT_FAR_REQUANTIZE                       \
+    PRODUCT_ROUND                                    \
+    OUTPUT                                           \
+    FAR_ZERO_POINT                                   \
+    "add r3, r2\n"                                   \
+    FAR_CODES("r8", "r9", "r10", "r11", "r3")        \
+    FAR_CODES("r4", "r5", "r6", "r7", "r2")          \
+    "adds r2, #4\n"                                  \
+    NEXT
+
+#define ROW_FAR_REQUANTIZE                           \
+    ROW_ROUND                                        \
+    OUTPUT                                           \
+    FAR_ZERO_POINT                                   \
+    FAR_CODES("r4", "r5", "r6", "r7", "r2")          \
+    "adds r2, #4\n"                                  \
+    NEXT
+
 #endif

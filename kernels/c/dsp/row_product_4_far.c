@@ -33,12 +33,7 @@ __attribute__((naked)) void planish_row_product_4_far(__attribute__((unused)) co
             "ldr r2, [sp, #24]\n"
             DIFFERENCE("r4", "r5", "r2", "3")
             DIFFERENCE("r6", "r7", "r2", "3")
-            ROW_ROUND
-            OUTPUT
-            FAR_ZERO_POINT
-            FAR_CODES("r4", "r5", "r6", "r7", "r2")
-            "adds r2, #4\n"
-            NEXT);
+            ROW_FAR_REQUANTIZE);
 }
 #else
 #include "dsp/product_c.h"

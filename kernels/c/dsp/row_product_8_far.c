@@ -29,12 +29,7 @@ __attribute__((naked)) void planish_row_product_8_far(__attribute__((unused)) co
             STEP("r12")
             STEP("lr")
             LOOP
-            ROW_ROUND
-            OUTPUT
-            FAR_ZERO_POINT
-            FAR_CODES("r4", "r5", "r6", "r7", "r2")
-            "adds r2, #4\n"
-            NEXT);
+            ROW_FAR_REQUANTIZE);
 }
 #else
 #include "dsp/product_c.h"
