@@ -6,6 +6,7 @@ import importlib.util
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,7 +116,13 @@ def link(folder: Path, sources: Sequence[str], script: str, target: Target, outp
         "-o",
         output,
     ]
-    run = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    with tempfile.TemporaryDirectory() as scratch:
+        # the compiler's own library brings debug sections, which name places of the machine that built it
+        text = (folder / script).read_text(encoding="utf-8")
+        plain = Path(scratch) / "plain.ld"
+        plain.write_text(text.replace("*(.ARM.exidx*", "*(.debug*) *(.ARM.exidx*"), encoding="utf-8")
+        command[command.index(script)] = str(plain)
+        run = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     if run.returncode:
         over = re.findall(r"will not fit in region '(\w+)': overflowed by (\d+) bytes", run.stderr)
         if over:

@@ -195,3 +195,13 @@ def test_build_files(tiny, tmp_path):
     subprocess.run(["cmake", "-S", ".", "-B", "build"], cwd=tmp_path, check=True, capture_output=True)
     subprocess.run(["cmake", "--build", "build"], cwd=tmp_path, check=True, capture_output=True)
     subprocess.run(["ctest", "--test-dir", "build"], cwd=tmp_path, check=True, capture_output=True)
+
+
+@NEEDS_ZIG
+def test_firmware_carries_no_debug_sections(tiny, tmp_path):
+    """They would name places of the machine that built the compiler's library; a build of the user's may have them."""
+    write(tiny("residual"), tmp_path, target="stm32f446")
+    names = {s.name for s in firmware.elf_file(tmp_path / "firmware.elf").iter_sections()}
+    assert ".symtab" in names
+    assert not [n for n in names if n.startswith(".debug")]
+    assert ".debug" not in (tmp_path / "firmware" / "stm32f446.ld").read_text()
