@@ -8,7 +8,9 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
+from collections.abc import Iterable, Iterator
 from functools import cache
+from types import ModuleType
 from typing import TypeVar
 
 from .errors import PlanishError
@@ -20,27 +22,36 @@ T = TypeVar("T")
 def find(package: str, base: type[T]) -> dict[str, type[T]]:
     """Plug-ins of `base` below `package`: {'quantize.static': Static}, names relative to the package, sorted.
 
-    A module counts when it defines, and does not merely import, exactly one concrete subclass of `base`.
+    A module counts when it defines, and does not merely import, exactly one concrete subclass of `base`. A package whose __init__ says
+    `PLUGINS = False` is not entered.
     Raises PlanishError for a module that defines two: then the file name would not say which is meant.
     """
     root = importlib.import_module(package)
     found: dict[str, type[T]] = {}
-    for info in pkgutil.walk_packages(root.__path__, package + "."):
-        module = importlib.import_module(info.name)
+    for module in _modules(package, root.__path__):
         own = [
             value
             for value in vars(module).values()
             if inspect.isclass(value)
             and issubclass(value, base)
-            and value.__module__ == info.name
+            and value.__module__ == module.__name__
             and not inspect.isabstract(value)
         ]
         if len(own) > 1:
             names = ", ".join(c.__name__ for c in own)
-            raise PlanishError(f"{info.name} defines {len(own)} plug-ins ({names}); a plug-in is one file")
+            raise PlanishError(f"{module.__name__} defines {len(own)} plug-ins ({names}); a plug-in is one file")
         if own:
-            found[info.name.removeprefix(package + ".")] = own[0]
+            found[module.__name__.removeprefix(package + ".")] = own[0]
     return dict(sorted(found.items()))
+
+
+def _modules(package: str, path: Iterable[str]) -> Iterator[ModuleType]:
+    """Every module below a package."""
+    for info in pkgutil.iter_modules(path, package + "."):
+        module = importlib.import_module(info.name)
+        yield module
+        if info.ispkg and getattr(module, "PLUGINS", True):
+            yield from _modules(info.name, module.__path__)
 
 
 def create(package: str, base: type[T], name: str, kind: str) -> T:

@@ -6,6 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
+if (
+    not torch.cuda.is_available()
+):  # GPU kernels run in Triton's interpreter; it must be chosen before Triton is imported
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from planish.compress.data import Data
 from planish.compress.model import trace
 from planish.compress.passes import Context
