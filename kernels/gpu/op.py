@@ -53,14 +53,32 @@ class Layer:
 
 
 @dataclass(frozen=True)
+class Split:
+    """The same layer as two nodes, so that what stands before it can be fused into the first, and layers that read one x share it.
+
+    codes, scale, zero, y, sum = planish::gpu_quantize_tokens(x, <a norm, a rotation, a residual>, <`quantize`>)
+    planish::gpu_<`product`>(codes=codes, token_scale=scale, token_zero=zero where quantize["group"] is -1, <`tensors`>,
+                             <`attributes`>, dtype=<x's>, <the epilogue>)
+    """
+
+    quantize: Mapping[str, Any]
+    """attributes of gpu_quantize_tokens: format, group, columns; layers may share its codes where these are equal"""
+    product: str
+    """linear_int8 or linear_float8"""
+    tensors: Mapping[str, torch.Tensor]
+    """arguments of the product by name: the same tensors as `Packed.tensors`"""
+    attributes: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class Packed:
     """The arguments of `planish::gpu_<op>` besides x and the epilogue, by the names of its schema."""
 
     tensors: Mapping[str, torch.Tensor]
     """stored in the artifact"""
     attributes: Mapping[str, Any] = field(default_factory=dict)
-    quantizes: str | None = None
-    """None where the node takes x in floats; else how x must be quantized before it, as the file of the op says"""
+    split: Split | None = None
+    """the two nodes that it may be written as; None where there is only the one"""
 
 
 class GpuOp(abc.ABC):
