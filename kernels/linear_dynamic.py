@@ -134,9 +134,9 @@ def _integer(
     else:
         if codes.size < SMALL:
             graph.note(name, ROUNDING)
-        signed, step = _signed(graph, name, x, activation_bits)  # (..., in), (..., 1)
+        codes_of_x, step = signed(graph, name, x, activation_bits)  # (..., in), (..., 1)
         shift = graph.constant(f"{name}.input_shift", np.array(128, np.float32))
-        moved = graph.one("Add", [signed, shift], f"{name}.input_moved")
+        moved = graph.one("Add", [codes_of_x, shift], f"{name}.input_moved")
         rounded = graph.one("Cast", [moved], f"{name}.input", to=TensorProto.UINT8)
         zero = graph.constant(f"{name}.input_zero_point", np.array(128, np.uint8))
     sums = graph.one("MatMulInteger", [rounded, weight, zero], name)
@@ -148,7 +148,7 @@ def _integer(
     return y if bias is None else graph.one("Add", [y, bias], f"{name}.biased")
 
 
-def _signed(graph: Builder, name: str, x: str, bits: int) -> tuple[str, str]:
+def signed(graph: Builder, name: str, x: str, bits: int) -> tuple[str, str]:
     """Codes (..., n) of x (..., n), symmetric over the last axis, as float, and their scale (..., 1)."""
     axis = graph.constant(f"{name}.last", np.array([-1], np.int64))
     top = graph.constant(f"{name}.top", np.array((1 << (bits - 1)) - 1, np.float32))
@@ -165,7 +165,7 @@ def rounded(graph: Builder, name: str, x: str, bits: int, group: int, channels: 
         parts = graph.add("DynamicQuantizeLinear", [x], f"{name}.input", outputs=3)
         return graph.one("DequantizeLinear", parts, f"{name}.rounded")
     split = matmul_nbits.split_groups(graph, name, x, channels // group) if group > 0 else x
-    values = graph.one("Mul", list(_signed(graph, name, split, bits)), f"{name}.rounded")
+    values = graph.one("Mul", list(signed(graph, name, split, bits)), f"{name}.rounded")
     if group == PER_TOKEN:
         return values
     return graph.one("Reshape", [values, graph.one("Shape", [x], f"{name}.shape")], f"{name}.whole")

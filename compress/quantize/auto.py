@@ -86,7 +86,7 @@ class Auto(Pass):
         pins = [
             p for p, choice in self.pins.items() if p not in HEAD and not (choice == FLOAT and _embedding(model, p))
         ]
-        check_patterns(model, "auto", (*self.layers, *pins))
+        check_patterns(model, "quantize.auto", (*self.layers, *pins))
         items = _linears(model, self.layers)
         methods = {n: offered.for_layer(n) for n in items}
         free = {n: m for n, m in methods.items() if set(m) != {FLOAT}}

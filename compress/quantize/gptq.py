@@ -93,7 +93,7 @@ class Gptq(IntegerLinears):
         for start in range(0, inputs, step):
             stop = min(start + step, inputs)
             if not fixed:
-                now = _corrected(rows[start:stop], target[start:stop], factor[start:stop, start:stop]).T
+                now = corrected(rows[start:stop], target[start:stop], factor[start:stop, start:stop]).T
                 local = grids.fit(now, self.bits, group, self.symmetric, self.clip, cost[start:stop])
                 scale[start // group], zero[start // group] = local.scale[:, 0], local.zero[:, 0]
             for k in range(start, stop):
@@ -107,11 +107,13 @@ class Gptq(IntegerLinears):
         return Grid(self.bits, scale.T.contiguous(), zero.T.contiguous()), placed.T.contiguous()
 
 
-def upper_factor(hessian: torch.Tensor, damping: float, order: torch.Tensor | None, name: str) -> torch.Tensor:
+def upper_factor(
+    hessian: torch.Tensor, damping: float, order: torch.Tensor | None, name: str, title: str = "quantize.gptq"
+) -> torch.Tensor:
     """R (in, in) float32 upper triangular with R R^T = the damped Hessian (in, in) float64, its columns in `order`.
 
     The diagonal of an input that was always 0 becomes the mean: its column is rounded to nearest. The damping is raised tenfold,
-    a few times, when the factorization fails; then raises PlanishError naming the layer.
+    a few times, when the factorization fails; then raises PlanishError naming the pass `title` and the layer.
     """
     places = (torch.arange(len(hessian)) if order is None else order).flip(0)
     hessian = hessian[places[:, None], places]  # reversed: its lower factor is the upper one of the Hessian
@@ -126,12 +128,12 @@ def upper_factor(hessian: torch.Tensor, damping: float, order: torch.Tensor | No
         if not failed:
             return lower.float().flip(0, 1)
     raise PlanishError(
-        f"quantize.gptq: the Hessian of layer '{name}' is not positive definite with damping {damping * 10**RETRIES:g}: "
+        f"{title}: the Hessian of layer '{name}' is not positive definite with damping {damping * 10**RETRIES:g}: "
         "give more or other calibration data"
     )
 
 
-def _corrected(rows: torch.Tensor, target: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+def corrected(rows: torch.Tensor, target: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     """(group, out): the real weights of a group's columns that best make up for the errors before them.
 
     `rows` are its weights, `target` (group, out) what each column alone would answer to those errors; together they answer through

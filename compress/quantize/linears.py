@@ -51,6 +51,8 @@ class Replacement:
     """(out,) replaces the layer's bias where given (a correction)"""
     skipped: str | None = None
     """why the layer is left in float; then nothing else is used"""
+    action: str = "quantized"
+    """for the receipt: quantized or pruned"""
 
     def without_restored(self, item: Linear) -> Replacement:
         """The same with `lost` in the place of `restored`, which is as large as the weight."""
@@ -91,18 +93,22 @@ class Chosen(Pass):
 
     def wanted(self, model: Model) -> Callable[[str], bool]:
         """`wants` for the layers of a model, whose tied output projection counts as lm_head. Raises PlanishError for a glob that matches none."""
-        check_patterns(model, self._method(), (*self.layers, *(s for s in self.skip if s not in HEAD)))
+        check_patterns(model, self._title(), (*self.layers, *(s for s in self.skip if s not in HEAD)))
         tied = tied_heads(model) if matches(HEAD[0], self.skip) else set()
         return lambda name: self.wants(name) and name not in tied
 
     def batches(self, context: Context, model: Model) -> list[tuple[torch.Tensor, ...]]:
         """Calibration batches. Raises PlanishError when there is no data."""
         if context.data is None:
-            raise PlanishError(f"quantize.{self._method()} as configured calibrates on data; none was given")
+            raise PlanishError(f"{self._title()} as configured calibrates on data; none was given")
         return list(context.data.sample(self.samples, context.generator).batches(model, 8))
 
     def _method(self) -> str:
         return type(self).__module__.rpartition(".")[2]
+
+    def _title(self) -> str:
+        """The pass's name in a recipe: quantize.gptq."""
+        return ".".join(type(self).__module__.split(".")[-2:])
 
 
 class Linears(Chosen):
@@ -135,11 +141,15 @@ class Linears(Chosen):
     def foresee(self, model: Model, taken: frozenset[str]) -> Foreseen:
         """Sizes of what is stored, and the layers whose shapes `replacements` refuses."""
         samples = self.samples if self.reads_data() else 0
-        return foreseen(self, model, taken, samples, self.stored, self.copies, self.products)
+        return foreseen(self, model, taken, samples, self.stored, self.copies, self.reads_products())
 
     def reads_data(self) -> bool:
         """Whether this configuration of the method calibrates."""
         return self.calibrates
+
+    def reads_products(self) -> bool:
+        """Whether it uses second moments."""
+        return self.products
 
     def _left(self, model: Model, wanted: Callable[[str], bool]) -> list[Entry]:
         """Lines of the receipt for linears that `layers` names and `skip` leaves out."""
@@ -184,9 +194,9 @@ class Linears(Chosen):
             wanted,
             visit,
             journal,
-            products=self.products,
+            products=self.reads_products(),
             keep=self.keep,
-            what=f"quantize.{self._method()}",
+            what=self._title(),
         )
         layers.drop_unused(model.graph)
         return model.with_receipt(*entries)
@@ -295,15 +305,13 @@ def check_finite(layer: str, weight: torch.Tensor) -> None:
         )
 
 
-def check_patterns(model: Model, method: str, patterns: Sequence[str]) -> None:
-    """Raise PlanishError for a glob that matches no linear layer, listing what there is."""
+def check_patterns(model: Model, title: str, patterns: Sequence[str]) -> None:
+    """Raise PlanishError for a glob that matches no linear layer, listing what there is. `title` is the pass's name."""
     nodes = [n for n in model.graph.graph.nodes if layers.op(n) in ("aten.linear", "aten.conv1d") or layers.op(n).startswith("planish.linear")]  # fmt: skip
     names = [layers.layer(n) for n in nodes]
     for pattern in patterns:
         if not any(matches(n, [pattern]) for n in names):
-            raise PlanishError(
-                f"quantize.{method}: '{pattern}' matches no linear layer; layers: {listed(names, 6) or 'none'}"
-            )
+            raise PlanishError(f"{title}: '{pattern}' matches no linear layer; layers: {listed(names, 6) or 'none'}")
 
 
 def replace(module: GraphModule, item: Linear, replacement: Replacement) -> Entry:
@@ -337,4 +345,4 @@ def replace(module: GraphModule, item: Linear, replacement: Replacement) -> Entr
     if lost is not None:
         norm = float(item.weight.norm())
         error = lost**0.5 / norm if norm else 0.0
-    return Entry(weight, "quantized", replacement.reason, before, after, error)
+    return Entry(weight, replacement.action, replacement.reason, before, after, error)

@@ -63,7 +63,7 @@ class MambaQuant(Pass):
         """Quantize a float model. Raises PlanishError for one without a selective scan."""
         assert context.data is not None  # the pipeline has checked needs_data
         layers.refuse_quantized(model, "quantize.mambaquant")
-        check_patterns(model, "mambaquant", [s for s in self.skip if s not in HEAD])
+        check_patterns(model, "quantize.mambaquant", [s for s in self.skip if s not in HEAD])
         if not mamba_graph.scans(model):
             raise PlanishError(f"quantize.mambaquant: '{model.source}' has no Mamba block; use quantize.static")
         data = context.data.sample(self.samples, context.generator)

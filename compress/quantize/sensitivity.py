@@ -113,7 +113,7 @@ def _moments(
 ) -> dict[Node, Moments]:
     """Statistics of what the block's layers read, second moments where a method wants them."""
     readers = {
-        g[0].source: any(m.products for i in g for m in methods[i.name].values()) for g in members
+        g[0].source: any(m.reads_products() for i in g for m in methods[i.name].values()) for g in members
     }  # source: whether second moments are needed
     names = {g[0].source: g[0].name for g in members}
     found: dict[Node, Moments] = {}
