@@ -8,7 +8,8 @@ Stored, with groups = ceil(in / group) and r the rank, filled up with zeros to a
     codes   (groups, out, group) int8 for 8 bits, the value of a code: code - 128. For 4 bits (groups, out, group / 2) int8: byte j of a
             group holds the values of columns j (low half) and j + group / 2 (high half) in two's complement, so that `byte << 4` and
             `byte & 0xF0` are 16 times the values, and the two halves of the product need no shuffle
-    scale   (groups, out) float32, for 4 bits a sixteenth of it
+    scale   (groups, out) float32, for 4 bits a sixteenth of it, rounded to 22 significant bits: its product with 1.5 * 2^23 is exact, which
+            spares the kernel a subtraction for every sum
     offset  (groups, out) int32, only for unsigned activations of 8 bits, whose codes 0..255 are stored as code - 128: 128 times the sum of
             a group's stored values, where the sums begin
     smooth  (in,) float32;  down (r, in) float16;  up (out, r) float16
@@ -17,7 +18,7 @@ Numbers. Codes are round(h (top / max)), half to even, in float32: one code besi
 a tie. Products of codes are int32 and exact; their sum over groups is float32. In the branch h and thin are rounded to TF32, down and up
 are exact in it, sums are float32. So y is within
 
-    (groups + 8) 2^-24 S + (2^-10 + in 2^-24) B + (one step of each code near a tie) + half a unit of y's type
+    (groups + 12) 2^-24 S + (2^-10 + in 2^-24) B + (one step of each code near a tie) + half a unit of y's type
 
 of the float64 value, S = sum over groups of |Q(h)| |R|^T, B = |h| |down|^T |up|^T. With activation_bits 16 Q(h) is h in the type of x (TF32
 for float32): a further half unit of that type times S.
@@ -112,6 +113,11 @@ register(
 )
 
 
+def _short(scale: torch.Tensor) -> torch.Tensor:
+    """Scales rounded to 22 significant bits."""
+    return ((scale.contiguous().view(torch.int32) + 2) & -4).view(torch.float32)
+
+
 def _shifted(attributes: Mapping[str, Any]) -> bool:
     """Whether activation codes are stored less 128."""
     return bool(attributes["unsigned"]) and attributes["activation_bits"] == 8
@@ -148,7 +154,7 @@ class LinearSvd(GpuOp):
         more = max(LEAST_RANK, 1 << (rank - 1).bit_length()) - rank if rank else 0
         tensors = {
             "codes": signed.contiguous(),
-            "scale": (t["scale"].float().T / (16 if bits == 4 else 1)).contiguous(),
+            "scale": _short(t["scale"].float().T / (16 if bits == 4 else 1)),
         }
         if _shifted(a):
             tensors["offset"] = (128 * values(tensors["codes"], bits).sum(2)).to(torch.int32)

@@ -47,7 +47,7 @@ def truth(made, x):
     size = quantized.abs() @ weight.abs().T
     branch = (rows * smooth).abs() @ t["down"].double().abs().T @ t["up"].double().abs().T
     groups = t["scale"].shape[1]
-    bound = (groups + 8) * 2.0**-24 * size + (2.0**-10 + x.shape[1] * 2.0**-24) * branch
+    bound = (groups + 12) * 2.0**-24 * size + (2.0**-10 + x.shape[1] * 2.0**-24) * branch
     if a["activation_bits"] == 16:
         bound += max(UNIT[x.dtype], 2.0**-11 if x.dtype == torch.float32 else 0) * size
     else:
