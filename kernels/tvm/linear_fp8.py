@@ -25,7 +25,7 @@ class LinearFp8(Lowering):
         """The expression of y (..., out)."""
         x, codes = use.tensors["x"], use.array("codes")
         if use.attributes["activations"] != "none":
-            x = _rounded(use, x, str(use.attributes["activations"]))
+            x = per_token(use, x, str(use.attributes["activations"]))
         decode = DECODES[str(use.attributes["format"])]
         weight = Packed(codes, 8, codes.shape[1], use.array("scale")[:, None], decode)
         return [add_bias(use, linear(use, x, weight))]
@@ -49,7 +49,7 @@ def _e5m2(reader: Reader, k: Any) -> Any:
 DECODES: dict[str, Decode] = {"e4m3": _e4m3, "e5m2": _e5m2}
 
 
-def _rounded(use: Use, x: Any, form: str) -> Any:
+def per_token(use: Use, x: Any, form: str) -> Any:
     """The value q(x / s) s of each token of x, q to the nearest 8-bit float, ties to even: a whole number of its steps there."""
     tirx = use.ir.tirx
     mantissa, smallest = LAYOUTS[form]
