@@ -9,7 +9,7 @@ import math
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,6 +76,10 @@ class Tvm(Format):
 
     def write(self, source: Source, target: Target, folder: Path) -> Written:
         """Compile for `target`, batch 1, and link `model.so`. Raises as `Format.write` does, and Missing without TVM or zig."""
+        if target.kind == "gpu":
+            from . import tvm_cuda
+
+            return tvm_cuda.write(source, target, folder)
         llvm = llvm_target(target)
         graph = source.fused or source.onnx
         fixed, sizes = (
@@ -89,7 +93,7 @@ class Tvm(Format):
             records |= tuning.tune(fixed, target, self.tune_trials, self.seed).tilings()
         with _tvm_compat.quiet():
             compiled = compile_model(fixed, target, records)
-        measured = _measure(fixed, compiled.rewritten, source.golden_inputs)
+        measured = measure(fixed, compiled.rewritten, source.golden_inputs)
         library = folder / LIBRARY
         link(compiled.executable, target, library)
         kernels = compiled.kernels
@@ -129,7 +133,7 @@ class Tvm(Format):
                 f"{accepted:.6g} that verify accepts: this artifact will not pass"
             )
         return Written(
-            inputs=_described(fixed.graph.input, {t.name for t in fixed.graph.initializer}),
+            inputs=described(fixed.graph.input, {t.name for t in fixed.graph.initializer}),
             outputs=compiled.outputs,
             ram_bytes=compiled.workspace_bytes + compiled.widened_bytes,
             details={
@@ -184,7 +188,7 @@ def compile_model(
             module.update_func(variable, kernels[variable.name_hint].function)
     views = ir.relax.transform.RewriteDataflowReshape()(module)  # a reshape moves nothing and is no call
     calls = tvm_layers.called(views, rewritten.model, imported.packed)
-    workspace, outputs = _workspace(module, kernels), _outputs(fixed, module["main"].ret_ty)
+    working, results = workspace(module, kernels), outputs(fixed, module["main"].ret_ty)
     stored = tvm_weights.store_codes(module) if rewritten.layers else tvm_weights.Stored(module)
     executable = ir.tvm.compile(stored.module, target=ir.Target(llvm_target(target)))
     nodes, lowerings = [n for n in fixed.graph.node if n.domain == fused.DOMAIN], lowering.lowerings()
@@ -193,19 +197,22 @@ def compile_model(
         kernels=kernels,
         rewritten=rewritten,
         layout=imported.layout,
-        workspace_bytes=workspace,
+        workspace_bytes=working,
         calls=calls,
         code_bytes=stored.code_bytes,
         widened_bytes=stored.widened_bytes,
-        outputs=outputs,
+        outputs=results,
         fused=tuple(sorted({n.op_type for n in nodes})),
         rounds=any(lowerings[n.op_type].rounds(fused.call(n).attributes) for n in nodes),
         packed_bytes=sum(a.nbytes for _, a in imported.packed),
     )
 
 
-def link(executable: Any, target: Target, library: Path) -> None:
-    """Link the compiled model to a shared library with zig. Same input, same bytes: no build id, no symbols, no paths."""
+def link(executable: Any, target: Target, library: Path, pack: Callable[..., str] | None = None) -> None:
+    """Link the compiled model to a shared library with zig. Same input, same bytes: no build id, no symbols, no paths.
+
+    `pack` writes the file with the modules that the library carries, where TVM's own way does not serve.
+    """
     try:
         import ziglang  # noqa: F401  # pyright: ignore[reportUnusedImport]
     except ImportError as error:
@@ -221,7 +228,8 @@ def link(executable: Any, target: Target, library: Path) -> None:
             raise PlanishError(f"zig could not link {LIBRARY} for '{target.name}': {lines[-1][:300]}")
 
     with_zig.object_format = "o"  # pyright: ignore[reportFunctionMemberAccess]  # TVM reads it
-    executable.export_library(str(library), fcompile=with_zig)
+    carried = {} if pack is None else {"fpack_imports": pack}
+    executable.export_library(str(library), fcompile=with_zig, **carried)
 
 
 def _linux(target: Target) -> str:
@@ -232,7 +240,7 @@ def _linux(target: Target) -> str:
     return triple
 
 
-def _workspace(module: Any, kernels: dict[str, tvm_schedule.Scheduled]) -> int:
+def workspace(module: Any, kernels: dict[str, tvm_schedule.Scheduled]) -> int:
     """Bytes of the activation buffers that TVM plans for one run, plus the largest padded copy inside a kernel."""
     ir = _tvm_compat.load()
     transform = ir.relax.transform
@@ -296,7 +304,7 @@ class Measured:
         return {k: getattr(self, k) for k in ("samples", "largest_output", "largest_difference")}
 
 
-def _measure(fixed: onnx.ModelProto, rewritten: tvm_import.Rewritten, golden: Mapping[str, np.ndarray]) -> Measured:
+def measure(fixed: onnx.ModelProto, rewritten: tvm_import.Rewritten, golden: Mapping[str, np.ndarray]) -> Measured:
     """How large the outputs are, and how far the whole-number graph is from the quantized one (0 for a float model)."""
     import onnxruntime as ort
 
@@ -360,7 +368,7 @@ def _arithmetic(layers: list[tvm_import.Layer], measured: Measured) -> dict[str,
     }
 
 
-def _outputs(model: onnx.ModelProto, types: Any) -> list[dict[str, Any]]:
+def outputs(model: onnx.ModelProto, types: Any) -> list[dict[str, Any]]:
     """{name, shape, dtype} of the outputs, from the type that `main` returns."""
     tensors = list(types.fields) if hasattr(types, "fields") else [types]
     return [
@@ -369,7 +377,7 @@ def _outputs(model: onnx.ModelProto, types: Any) -> list[dict[str, Any]]:
     ]
 
 
-def _described(values: Any, skip: set[str]) -> list[dict[str, Any]]:
+def described(values: Any, skip: set[str]) -> list[dict[str, Any]]:
     """{name, shape, dtype} of graph inputs."""
     return [
         {

@@ -152,13 +152,15 @@ def _start_empty(graph: onnx.GraphProto, value: onnx.ValueInfoProto) -> None:
                 node.input[:] = [n for n in node.input if n != value.name]
 
 
-def to_relax(model: onnx.ModelProto, unit: VectorUnit = BASELINE) -> Imported:
+def to_relax(
+    model: onnx.ModelProto, unit: VectorUnit = BASELINE, kernels: Mapping[str, lowering.Lowering] | None = None
+) -> Imported:
     """A Relax module for a model with fixed shapes, convolutions channels last; kernels of fused ops are laid out for `unit`.
 
-    PlanishError names a node of an unknown op.
+    `kernels` are other lowerings of fused ops than a CPU's. PlanishError names a node of an unknown op.
     """
     ir = _tvm_compat.load()
-    known, kernels = _known_ops(), lowering.lowerings()
+    known, kernels = _known_ops(), lowering.lowerings() if kernels is None else kernels
     fused_ops.ops()  # their schemas
     for node in model.graph.node:
         if node.op_type not in (kernels if node.domain == fused.DOMAIN else known) or node.domain not in DOMAINS:

@@ -32,7 +32,10 @@ class Tvm(Runtime):
     formats: ClassVar[tuple[str, ...]] = ("tvm",)
 
     def open(self, artifact: Artifact, threads: int) -> Session:
-        """Load model.so. Raises Missing without TVM, or without what emulation needs (qemu_user.kit names it)."""
+        """Load model.so. Raises Missing without TVM, without the GPU that it is compiled for, or without what emulation needs (qemu_user.kit names it)."""
+        core = artifact.manifest.get("details", {}).get("core")
+        if core is not None:
+            return CudaSession(artifact, str(core))
         triple = str(artifact.manifest.get("details", {}).get("llvm_target", {}).get("mtriple", ""))
         here = {"amd64": "x86_64", "arm64": "aarch64"}.get(platform.machine().lower(), platform.machine().lower())
         if not triple or triple.startswith(here):
@@ -195,6 +198,70 @@ class HostSession(_Model):
     def _outputs(self, value: Any) -> list[np.ndarray]:
         values = [value] if hasattr(value, "numpy") else list(value)
         return [v.numpy() for v in values]
+
+
+class CudaSession(HostSession):
+    """The library on the first NVIDIA GPU of this machine."""
+
+    def __init__(self, artifact: Artifact, core: str) -> None:
+        _Model.__init__(self, artifact)
+        ir = _tvm_compat.load()
+        self.tvm, self.relax, self.threads = ir.tvm, ir.relax, 1
+        self.device = _gpu(self.tvm, artifact, core)
+        try:
+            self.main = self._load()["main"]
+        except RuntimeError as error:
+            raise PlanishError(
+                f"TVM cannot load '{self.library}': {str(error).strip().splitlines()[-1][:300]}"
+            ) from error
+
+    def profile(self, inputs: Arrays, runs: int, warmup: int) -> Profile:
+        """Latency of single samples until the GPU has finished. Times of single kernels are not measured: they overlap with their launches."""
+        tensors = [self._tensors(s) for s in self.samples(inputs)]
+
+        def infer() -> None:
+            for sample in tensors:
+                self.main(*sample)
+            self.device.sync()
+
+        timing = latency(infer, runs, warmup)
+        table = self.layers([(c["kernel"], None, None) for c in self.calls])
+        return Profile(
+            kind="measured",
+            latency_ms=timing,
+            peak_memory_bytes=peak_memory(),
+            macs=sum(layer.macs or 0 for layer in table),
+            layers=table,
+            environment=machine(
+                1, tvm=self.tvm.__version__, artifact_target=self.artifact.target, gpu=self.device.device_name
+            ),
+            **self.base(self.artifact.target),
+        )
+
+    def _load(self) -> Any:
+        return self.relax.VirtualMachine(self.tvm.runtime.load_module(str(self.library)), self.device)
+
+    def _tensors(self, sample: list[np.ndarray]) -> list[Any]:
+        return [self.tvm.runtime.tensor(a, self.device) for a in sample]
+
+
+def _gpu(tvm: Any, artifact: Artifact, core: str) -> Any:
+    """TVM's first CUDA device. Raises Missing where there is none, or one that does not run code for `core`."""
+    device = tvm.cuda(0)
+    if tvm.get_global_func("device_api.cuda", allow_missing=True) is None or not device.exist:
+        raise Missing(
+            f"artifact '{artifact.folder}' is compiled for an NVIDIA GPU ({core}); TVM finds none on this machine (its CUDA runtime needs the "
+            "driver's libcuda.so.1 and libcudart.so.13)"
+        )
+    found, wanted = int(device.compute_version.replace(".", "")), int(core.removeprefix("sm_"))
+    if (
+        found // 10 != wanted // 10 or found < wanted
+    ):  # machine code runs on the same major version, from its minor version on
+        raise Missing(
+            f"artifact '{artifact.folder}' is compiled for {core}; this machine's GPU ({device.device_name}) is sm_{found}: export for a target "
+            f"of that core"
+        )
+    return device
 
 
 class EmulatedSession(_Model):

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from ..gpu.core import CORES, Core, of_device
+from .record import OPEN
 
 TABLES = Path(__file__).parent / "tables"
 
@@ -61,12 +62,28 @@ def _table(core: str) -> dict[str, dict[str, Any]]:
 
 
 def core_of(x: torch.Tensor) -> Core:
-    """The core that x lives on; for CPU tensors, which Triton's interpreter takes, Hopper."""
+    """The core that x lives on; for CPU tensors, which Triton's interpreter takes, Hopper, or what a recorder (record.py) records for."""
+    recorder = OPEN.get()
+    if recorder is not None:
+        return recorder.core
     return of_device(x.device) if x.is_cuda else CORES["sm_90"]
+
+
+def on_gpu(x: torch.Tensor) -> bool:
+    """Whether kernels for x are compiled, and may hold inline assembly; the interpreter knows none."""
+    recorder = OPEN.get()
+    return x.is_cuda if recorder is None else not recorder.interpreted
 
 
 def launch(
     kernel: Any, grid: tuple[int, ...] | Callable[..., tuple[int, ...]], config: Config, *args: Any, **constants: Any
 ) -> None:
-    """Run a kernel: positional arguments, then compile-time ones by name; `config.constants` are not passed by themselves."""
+    """Run a kernel: positional arguments, then compile-time ones by name; `config.constants` are not passed by themselves.
+
+    Where a recorder (record.py) is open it is noted instead.
+    """
+    recorder = OPEN.get()
+    if recorder is not None:
+        recorder.launch(kernel, grid, config.warps, config.stages, args, constants)
+        return
     kernel[grid](*args, **constants, num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True)
