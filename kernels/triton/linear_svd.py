@@ -73,7 +73,7 @@ def prepare(
                 h = tl.maximum(h, 0.0)
             peak = tl.max(tl.abs(h), 1)  # (BLOCK_M,)
             divisor = tl.where(peak > 7.888609052210118e-31, peak, float("inf"))  # pyright: ignore[reportOperatorIssue]  # 2^-100
-            inverse = tl.div_rn(tl.full((BLOCK_M,), TOP, tl.float32), divisor)
+            inverse = TOP * tl.div_rn(tl.full((BLOCK_M,), 1.0, tl.float32), divisor)  # as torch computes TOP / peak
             code = (h * inverse[:, None] + 12582912.0).to(tl.int32, bitcast=True)  # 1.5 * 2^23 rounds, half to even
             if TOP == 255:
                 code -= 128
