@@ -1,7 +1,7 @@
-"""Triton's interpreter, made to compute as a GPU does where it falls short (3.9): conversions that round, products of bfloat16.
+"""Triton's interpreter, made to compute as a GPU does where it falls short (3.9): conversions that round, arithmetic of bfloat16.
 
-By itself it cuts float32 to bfloat16, loses the carry of a mantissa that rounds up to the next power of two in 8-bit floats, and multiplies
-the bits of bfloat16 as integers.
+By itself it cuts float32 to bfloat16, loses the carry of a mantissa that rounds up to the next power of two in 8-bit floats, and adds and
+multiplies the bits of bfloat16 as integers.
 """
 
 import numpy as np
@@ -45,5 +45,18 @@ def rounding(monkeypatch):
     def dot(self, a, b, *rest):
         return plain(self, floats(a), floats(b), *rest)
 
+    def rounded(operation):
+        def made(self, a, b):
+            if a.dtype.scalar.name != "bf16":
+                return operation(self, a, b)
+            float32, bfloat16 = interpreter.tl.float32, interpreter.tl.bfloat16
+            a, b = (interpreter.TensorHandle(converted(v.data, v.dtype.scalar, float32, None).view(np.float32), float32) for v in (a, b))  # fmt: skip
+            wide = operation(self, a, b)
+            return interpreter.TensorHandle(converted(wide.data, float32, bfloat16, None), bfloat16)
+
+        return made
+
+    for name in ("create_fadd", "create_fsub", "create_fmul"):
+        monkeypatch.setattr(interpreter.InterpreterBuilder, name, rounded(getattr(interpreter.InterpreterBuilder, name)))  # fmt: skip
     monkeypatch.setattr(interpreter, "_convert_float", converted)
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)

@@ -1,0 +1,469 @@
+"""y = x W^T for weights of 8, 4 or 2 bits in groups, x in 16 bits: kernels/gpu/linear_wna16.py. Three forms.
+
+The product is turned: a tile (outputs, tokens) = W tile x x^T tile, with W as the tensor cores' left operand, which is taken from
+registers (mma.sync and, on Hopper, wgmma). The stored order (kernels/gpu/shuffle.py) is chosen so that what a thread loads, 16 bytes, is
+what it hands to the tensor core: weights go through shared memory only as stored words on their way from global memory
+(asynchronous copies, STAGES deep), never as floats. Layouts are not written here: they follow from loads, joins, permutations
+and reshapes, and `ttg.convert_layout` of the left operand is empty (looked at with ahead.compile_all(..., keep=folder)).
+
+small       Up to 32 tokens, bound by memory. Each of S warps takes its own slice of the inputs (a product with a leading dimension S, which
+            Triton lays across warps); the block adds the slices at the end, so that few outputs a block still fill all multiprocessors
+            without a second kernel.
+middle      Tiles of 16 T outputs by BLOCK_M tokens, all warps on the same inputs; the sum may be split over PARTS blocks.
+dequantize  Many tokens: W in 16 bits once, then torch.matmul.
+
+Where a group is at least a block's step along the inputs (AFTER), codes less zero points are multiplied as exact small
+integers in 16 bits, and the scale is applied to the float32 sum of each group: one multiplication an output and group, not one a
+weight, and nothing is rounded. Else weights are scaled, in 16 bits, before the product.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch.nn import functional as F
+
+from ..gpu.core import Core
+from . import split_k
+from .ahead import Variant
+from .config import Config, core_of, launch, tuned
+from .dequantize import by_group, by_row, weights
+from .epilogue import store
+
+
+@triton.jit
+def _group_words(ptr, t, kt, tiles, groups, inside, GROUP: tl.constexpr, BITS: tl.constexpr):
+    """Words (A, B, P, C, 32) of scales or zero points of tiles t of outputs and kt of inputs, (A, B, 1, C, 1) together."""
+    KT: tl.constexpr = 256 // BITS
+    P: tl.constexpr = 1 if GROUP >= KT else KT // GROUP  # pyright: ignore[reportAssignmentType]
+    p = tl.arange(0, P)[None, None, :, None, None]
+    g = tl.arange(0, 32)[None, None, None, None, :] // 4
+    at = kt * KT // GROUP + p  # one group of several tiles, or P groups of one
+    return tl.load(ptr + (t * groups + at) * 8 + g, inside & (p >= 0) & (g >= 0), 0)
+
+
+@triton.jit
+def small(
+    x_ptr,  # (rows, inputs)
+    codes_ptr,  # (out tiles, tiles, 32, 4) int32
+    scale_ptr,  # (out tiles, groups, 8) int32
+    zero_ptr,  # like scale, or None
+    row_ptr,  # (columns,) float32
+    y_ptr,  # (rows, columns); (PARTS, rows, columns) float32 where the sum is split
+    bias_ptr,
+    factor_ptr,
+    residual_ptr,
+    rows,
+    columns,
+    inputs,
+    tiles,
+    groups,
+    steps,
+    mask,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    FRACTION: tl.constexpr,
+    AFTER: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    S: tl.constexpr,
+    T: tl.constexpr,
+    J: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """A block: BLOCK_M tokens by 16 T outputs; a step: J tiles of inputs for each of the S warps. Grid (tokens, outputs, parts)."""
+    SQUARES: tl.constexpr = 16 // BITS
+    BLOCK_N: tl.constexpr = 16 * T
+    BLOCK_K: tl.constexpr = J * 16 * SQUARES
+    TYPE: tl.constexpr = x_ptr.dtype.element_ty
+    first = tl.program_id(2) * steps
+    t = tl.program_id(1) * T + tl.arange(0, T)[:, None, None, None]  # (T, 1, 1, 1)
+    s = first * S + tl.arange(0, S)[None, None, :, None]
+    kt = s * J + tl.arange(0, J)[None, :, None, None]  # (1, J, S, 1)
+    word = tl.arange(0, 128)[None, None, None, :]
+    code_at = codes_ptr + (t * tiles + kt) * 128 + word
+    t3 = tl.reshape(t, (T, 1, 1))
+    k3 = (first * S + tl.arange(0, S)[None, :, None]) * J  # (1, S, 1): the first tile of each slice
+    m = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M))[None, None, :]
+    k = (first * S + tl.arange(0, S)[:, None, None]) * BLOCK_K + tl.arange(0, BLOCK_K)[None, :, None]
+    x_at = x_ptr + m.to(tl.int64) * inputs + k  # (S, BLOCK_K, BLOCK_M)
+    acc = tl.zeros((S, BLOCK_N, BLOCK_M), tl.float32)
+    for _ in tl.range(0, steps, num_stages=STAGES):  # pyright: ignore[reportGeneralTypeIssues]
+        q = tl.load(code_at, (t * 16 < columns) & (kt < tiles) & (word >= 0), 0)
+        x = tl.load(x_at, (m < rows) & (k < inputs), 0.0)
+        t5 = tl.reshape(t, (T, 1, 1, 1, 1))
+        kt5 = tl.reshape(kt, (1, J, 1, S, 1))
+        inside = (t5 * 16 < columns) & (kt5 < tiles)
+        zero = None
+        scale = None
+        if zero_ptr is not None:
+            zero = by_group(_group_words(zero_ptr, t5, kt5, tiles, groups, inside, GROUP, BITS), SQUARES)
+        if not AFTER:
+            scale = by_group(_group_words(scale_ptr, t5, kt5, tiles, groups, inside, GROUP, BITS), SQUARES)
+        w = weights(tl.reshape(q, (T, J, S, 8, 4, 4)), mask, scale, zero, FRACTION, BITS, TYPE)
+        w = tl.reshape(w, (T, J, S, 8, 4, SQUARES // 2, 2, 2, 2, 2))  # T J S g c square2 f h r e
+        w = tl.reshape(
+            tl.permute(w, (2, 0, 8, 3, 1, 5, 7, 4, 6, 9)), (S, BLOCK_N, BLOCK_K)
+        )  # S, T r g, J square2 h c f e
+        # After a join, Triton gives a thread runs of four inputs of mma.sync's operand: inputs f h c e are renamed h c f e on both sides.
+        x = tl.permute(tl.reshape(x, (S, BLOCK_K // 32, 2, 2, 4, 2, BLOCK_M)), (0, 1, 3, 4, 2, 5, 6))
+        x = tl.reshape(x, (S, BLOCK_K, BLOCK_M))
+        if AFTER:
+            g = tl.arange(0, 32)[None, None, :] // 4
+            there = (t3 * 16 < columns) & (k3 < tiles) & (g >= 0)
+            sums = tl.dot(w, x)
+            factor = by_row(
+                tl.load(scale_ptr + (t3 * groups + k3 * (16 * SQUARES) // GROUP) * 8 + g, there, 0), BLOCK_M
+            )
+            acc += sums * tl.reshape(tl.permute(factor, (1, 0, 4, 2, 5, 3, 6)), (S, BLOCK_N, BLOCK_M))
+        else:
+            acc = tl.dot(w, x, acc)
+        code_at += S * J * 128
+        x_at += S * BLOCK_K
+        kt += S * J
+        k3 += S * J
+        k += S * BLOCK_K
+    z = tl.sum(acc, 0)  # (BLOCK_N, BLOCK_M)
+    column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
+    z *= tl.load(row_ptr + column, column < columns, 0.0)
+    y_ptr += tl.program_id(2).to(tl.int64) * rows * columns
+    store(z, y_ptr, bias_ptr, factor_ptr, residual_ptr, row, column, rows, columns, ACTIVATION)
+
+
+@triton.jit
+def middle(
+    x_ptr,
+    codes_ptr,
+    scale_ptr,
+    zero_ptr,
+    row_ptr,
+    y_ptr,
+    bias_ptr,
+    factor_ptr,
+    residual_ptr,
+    rows,
+    columns,
+    inputs,
+    tiles,
+    groups,
+    steps,
+    mask,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    FRACTION: tl.constexpr,
+    AFTER: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    WGMMA: tl.constexpr,
+    T: tl.constexpr,
+    J: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Arguments of `small`. A block: BLOCK_M tokens by 16 T outputs; a step: J tiles of inputs. Grid (tokens, outputs, parts)."""
+    SQUARES: tl.constexpr = 16 // BITS
+    BLOCK_N: tl.constexpr = 16 * T
+    BLOCK_K: tl.constexpr = J * 16 * SQUARES
+    TYPE: tl.constexpr = x_ptr.dtype.element_ty
+    first = tl.program_id(2) * steps
+    t = tl.program_id(1) * T + tl.arange(0, T)[None, None, :, None]  # (1, 1, T, 1)
+    kt = first * J + tl.arange(0, J)[None, :, None, None]  # (1, J, 1, 1)
+    k3 = first * J + tl.arange(0, 1)[None, :, None]  # (1, 1, 1): the first tile of a step
+    word = tl.arange(0, 128)[None, None, None, :]
+    code_at = codes_ptr + (t * tiles + kt) * 128 + word
+    m = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M))[None, :]
+    k = first * BLOCK_K + tl.arange(0, BLOCK_K)[:, None]
+    x_at = x_ptr + m.to(tl.int64) * inputs + k  # (BLOCK_K, BLOCK_M)
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    for _ in tl.range(0, steps, num_stages=STAGES):  # pyright: ignore[reportGeneralTypeIssues]
+        q = tl.load(code_at, (t * 16 < columns) & (kt < tiles) & (word >= 0), 0)
+        x = tl.load(x_at, (m < rows) & (k < inputs), 0.0)
+        t5 = tl.reshape(t, (1, 1, 1, T, 1))
+        kt5 = tl.reshape(kt, (1, J, 1, 1, 1))
+        inside = (t5 * 16 < columns) & (kt5 < tiles)
+        zero = None
+        scale = None
+        if zero_ptr is not None:
+            zero = by_group(_group_words(zero_ptr, t5, kt5, tiles, groups, inside, GROUP, BITS), SQUARES)
+        if not AFTER:
+            scale = by_group(_group_words(scale_ptr, t5, kt5, tiles, groups, inside, GROUP, BITS), SQUARES)
+        w = weights(tl.reshape(q, (1, J, T, 8, 4, 4)), mask, scale, zero, FRACTION, BITS, TYPE)
+        if WGMMA:
+            w = tl.permute(
+                tl.reshape(w, (J, T, 8, 4, SQUARES, 2, 2, 2)), (1, 6, 2, 0, 4, 5, 3, 7)
+            )  # T r g, J square h c e
+        else:  # renamed as in `small`
+            w = tl.reshape(w, (J, T, 8, 4, SQUARES // 2, 2, 2, 2, 2))  # J T g c square2 f h r e
+            w = tl.permute(w, (1, 7, 2, 0, 4, 6, 3, 5, 8))
+            x = tl.permute(tl.reshape(x, (BLOCK_K // 32, 2, 2, 4, 2, BLOCK_M)), (0, 2, 3, 1, 4, 5))
+            x = tl.reshape(x, (BLOCK_K, BLOCK_M))
+        w = tl.reshape(w, (BLOCK_N, BLOCK_K))
+        if AFTER:
+            g = tl.arange(0, 32)[None, None, :] // 4
+            t3 = tl.reshape(t, (1, T, 1))
+            there = (t3 * 16 < columns) & (k3 < tiles) & (g >= 0)
+            sums = tl.dot(w, x)
+            factor = by_row(
+                tl.load(scale_ptr + (t3 * groups + k3 * (16 * SQUARES) // GROUP) * 8 + g, there, 0), BLOCK_M
+            )
+            acc += sums * tl.reshape(tl.permute(factor, (0, 1, 4, 2, 5, 3, 6)), (BLOCK_N, BLOCK_M))
+        else:
+            acc = tl.dot(w, x, acc)
+        code_at += J * 128
+        x_at += BLOCK_K
+        kt += J
+        k3 += J
+        k += BLOCK_K
+    column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
+    acc *= tl.load(row_ptr + column, column < columns, 0.0)
+    y_ptr += tl.program_id(2).to(tl.int64) * rows * columns
+    store(acc, y_ptr, bias_ptr, factor_ptr, residual_ptr, row, column, rows, columns, ACTIVATION)
+
+
+@triton.jit
+def dequantize(
+    codes_ptr,
+    scale_ptr,
+    zero_ptr,
+    row_ptr,
+    w_ptr,  # (columns, inputs)
+    columns,
+    inputs,
+    tiles,
+    groups,
+    mask,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    FRACTION: tl.constexpr,
+    T: tl.constexpr,
+    J: tl.constexpr,
+):
+    """W, rounded once. A block: 16 T outputs by J tiles of inputs. Grid (inputs, outputs)."""
+    SQUARES: tl.constexpr = 16 // BITS
+    BLOCK_K: tl.constexpr = J * 16 * SQUARES
+    TYPE: tl.constexpr = w_ptr.dtype.element_ty
+    EXACT: tl.constexpr = tl.float16 if tl.float32 == TYPE else TYPE  # pyright: ignore[reportAssignmentType]
+    t = tl.program_id(1) * T + tl.arange(0, T)[None, None, :, None]  # (1, 1, T, 1)
+    kt = tl.program_id(0) * J + tl.arange(0, J)[None, :, None, None]  # (1, J, 1, 1)
+    word = tl.arange(0, 128)[None, None, None, :]
+    q = tl.load(codes_ptr + (t * tiles + kt) * 128 + word, (t * 16 < columns) & (kt < tiles) & (word >= 0), 0)
+    t5 = tl.reshape(t, (1, 1, 1, T, 1))
+    kt5 = tl.reshape(kt, (1, J, 1, 1, 1))
+    inside = (t5 * 16 < columns) & (kt5 < tiles)
+    zero = None
+    if zero_ptr is not None:
+        zero = by_group(_group_words(zero_ptr, t5, kt5, tiles, groups, inside, GROUP, BITS), SQUARES)
+    scale = by_group(_group_words(scale_ptr, t5, kt5, tiles, groups, inside, GROUP, BITS), SQUARES)
+    w = weights(tl.reshape(q, (1, J, T, 8, 4, 4)), mask, None, zero, FRACTION, BITS, EXACT).to(tl.float32) * scale
+    w = tl.permute(tl.reshape(w, (J, T, 8, 4, SQUARES, 2, 2, 2)), (1, 6, 2, 0, 4, 5, 3, 7))  # T r g, J square h c e
+    w = tl.reshape(w, (16 * T, BLOCK_K))
+    n = tl.program_id(1) * 16 * T + tl.arange(0, 16 * T)[:, None]
+    k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
+    w *= tl.load(row_ptr + n, n < columns, 0.0)
+    tl.store(w_ptr + n.to(tl.int64) * inputs + k, w.to(TYPE), (n < columns) & (k < inputs))
+
+
+def run(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor | None,
+    row: torch.Tensor,
+    bits: int,
+    group: int,
+    fraction: bool,
+    bias: torch.Tensor | None,
+    factor: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    activation: str,
+) -> torch.Tensor:
+    """(..., in) -> (..., out) in the type of x; the arguments as kernels/gpu/linear_wna16.py stores them."""
+    n, k = len(row), x.shape[-1]
+    m = x.numel() // k
+    core = core_of(x)
+    config = DEQUANTIZE if x.dtype == torch.float32 else choose(core, m, n, k, bits, group)
+    return product(config, core, x, codes, scale, zero, row, bits, group, fraction, bias, factor, residual, activation)
+
+
+def product(
+    config: Config,
+    core: Core,
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor | None,
+    row: torch.Tensor,
+    bits: int,
+    group: int,
+    fraction: bool,
+    bias: torch.Tensor | None,
+    factor: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    activation: str,
+) -> torch.Tensor:
+    """`run` by a given configuration."""
+    n, k = len(row), x.shape[-1]
+    y = x.new_empty((*x.shape[:-1], n))
+    m = y.numel() // n
+    if m == 0:
+        return y
+    ends = (bias, factor, residual)
+    tiles, groups = codes.shape[1], scale.shape[1]
+    c, mask = config.constants, ((1 << bits) - 1) * 0x10001
+    common = {"BITS": bits, "GROUP": group, "FRACTION": fraction}
+    x2 = x.reshape(m, k).contiguous()
+    if config.form == "dequantize":
+        w = x.new_empty((n, k))
+        grid = (triton.cdiv(tiles, c["J"]), triton.cdiv(n, 16 * c["T"]))
+        launch(dequantize, grid, config, codes, scale, zero, row, w, n, k, tiles, groups, mask, **common, **c)
+        if all(e is None for e in ends) and not activation:
+            return torch.matmul(x2, w.t(), out=y.view(m, n)).view_as(y)
+        split_k.finish(torch.matmul(x2, w.t())[None], y.view(m, n), *ends, activation)
+        return y
+    if k % 16:  # rows that begin at 32 bytes are read 16 bytes at a time
+        x2 = F.pad(x2, (0, -k % 16))
+    slices = c.get("S", 1)
+    steps = triton.cdiv(triton.cdiv(tiles, slices * c["J"]), c["PARTS"])
+    parts = triton.cdiv(tiles, slices * c["J"] * steps)
+    sums = y if parts == 1 else x.new_empty((parts, m, n), dtype=torch.float32)
+    own = {"S": c["S"]} if config.form == "small" else {"WGMMA": core.warp_groups}
+    launch(
+        small if config.form == "small" else middle,
+        (triton.cdiv(m, c["BLOCK_M"]), triton.cdiv(n, 16 * c["T"]), parts),
+        config,
+        x2, codes, scale, zero, row, sums, *(ends if parts == 1 else (None, None, None)),
+        m, n, x2.shape[1], tiles, groups, steps, mask,
+        **common, **own, AFTER=_after(c["J"], bits, group, c["BLOCK_M"]), ACTIVATION=activation if parts == 1 else "",
+        T=c["T"], J=c["J"], BLOCK_M=c["BLOCK_M"], STAGES=config.stages,
+    )  # fmt: skip
+    if parts > 1:
+        split_k.finish(sums, y.view(m, n), *ends, activation)
+    return y
+
+
+def _after(tiles: int, bits: int, group: int, block_m: int) -> bool:
+    """Whether the scale is applied to sums: where a step of J tiles lies in one group, and outputs are fewer than weights."""
+    return group % (tiles * 256 // bits) == 0 and block_m <= 64
+
+
+DEQUANTIZE = Config("dequantize", {"T": 4, "J": 2}, 4, 1)
+"""the third form"""
+
+
+def choose(core: Core, m: int, n: int, k: int, bits: int, group: int) -> Config:
+    """The tuned choice, else `default`."""
+    return tuned(f"linear_wna16.w{bits}.g{min(group, 256)}", core, m, n, k) or default(core, m, n, k, bits, group)
+
+
+def default(core: Core, m: int, n: int, k: int, bits: int = 4, group: int = 128) -> Config:
+    """Constants: T tiles of 16 outputs and BLOCK_M tokens a block, J tiles of inputs a step (for each of S warps), PARTS of the sum.
+
+    As many outputs a block as leave a block for each multiprocessor, since every block reads all of x; then parts of the sum.
+    """
+    if m > 1024:
+        return DEQUANTIZE
+    tiles, rows = triton.cdiv(k, 256 // bits), triton.cdiv(n, 16)
+    step = max(1, min(2, group * bits // 256))  # tiles of inputs: in one group, and at most two
+    if m <= 16:
+        block_m = 8 if m <= 8 else 16
+        t = 1
+        while t < 4 and rows >= 2 * t * 0.9 * core.multiprocessors:
+            t *= 2
+        j = step if tiles >= 8 * step * 4 else 1
+        blocks, steps, warps = triton.cdiv(rows, t), triton.cdiv(tiles, 8 * j), 8
+        stage = 8 * j * (t * 512 + 256 // bits * block_m * 2)  # bytes
+        constants = {"S": 8, "T": t, "J": j, "BLOCK_M": block_m}
+        form, deepest = "small", 6
+    else:
+        block_m = max(32, min(128, triton.next_power_of_2(m)))
+        t, warps = (8, 8) if m > 256 else (4, 4)
+        j = max(1, (step if block_m <= 64 else 1) * (bits // 4))  # 64 or 128 inputs
+        j = j if block_m > 64 or group % (j * 256 // bits) == 0 else 1
+        blocks, steps = triton.cdiv(rows, t) * triton.cdiv(m, block_m), triton.cdiv(tiles, j)
+        stage = j * (t * 512 + 256 // bits * block_m * 2)
+        constants = {"T": t, "J": j, "BLOCK_M": block_m}
+        form, deepest = "middle", 4
+    parts = 1
+    while (
+        parts < 16
+        and blocks * parts * 2 <= 1.1 * core.multiprocessors * (1 if form == "small" else 2)
+        and steps >= 4 * parts
+    ):
+        parts *= 2
+    stages = max(2, min(deepest, core.shared_bytes * 9 // 10 // stage))
+    return Config(form, {**constants, "PARTS": parts}, warps, stages)
+
+
+def candidates(core: Core, m: int, n: int, k: int, bits: int = 4, group: int = 128) -> list[Config]:
+    """What tuning tries: every form that can be the best for so many tokens."""
+    found = [default(core, m, n, k, bits, group)]
+    tiles, rows, wide = triton.cdiv(k, 256 // bits), triton.cdiv(n, 16), 256 // bits
+    if m <= 32:
+        block_m = max(8, triton.next_power_of_2(m))
+        for s in (4, 8, 16):
+            for t in (1, 2, 4):
+                for j in (1, 2, 4) if bits > 2 else (1, 2):
+                    blocks = triton.cdiv(rows, t)
+                    stage = s * j * (t * 512 + wide * block_m * 2)
+                    for parts in (1, 2) if blocks < core.multiprocessors else (1,):
+                        stages = min(6, core.shared_bytes // 2 // stage) or min(3, core.shared_bytes // stage)
+                        if s * j * parts <= tiles and stages >= 2 and t * j * block_m <= 64:
+                            constants = {"S": s, "T": t, "J": j, "BLOCK_M": block_m, "PARTS": parts}
+                            found.append(Config("small", constants, s, stages))
+    if m > 8:
+        for block_m in (16, 32, 64, 128, 256):
+            if block_m > 2 * m or 16 * block_m < min(m, 2048):
+                continue
+            for t, warps in ((4, 4), (8, 4), (8, 8)):
+                for inputs in (64, 128):
+                    j = max(1, inputs // wide)
+                    if block_m * t > 128 * warps * 2:
+                        continue
+                    blocks = triton.cdiv(rows, t) * triton.cdiv(m, block_m)
+                    for parts in (1, 2, 4, 8) if blocks < core.multiprocessors else (1,):
+                        stages = min(4, core.shared_bytes // (j * (t * 512 + wide * block_m * 2)))
+                        if stages >= 2 and blocks * parts <= 4 * core.multiprocessors:
+                            constants = {"T": t, "J": j, "BLOCK_M": block_m, "PARTS": parts}
+                            found.append(Config("middle", constants, warps, stages))
+    if m > 128:
+        found.append(DEQUANTIZE)
+    unique = [c for i, c in enumerate(found) if c not in found[:i]]
+    return unique[:: -(-len(unique) // 40)]  # at most 40, spread over all
+
+
+def variants(core: Core) -> list[Variant]:
+    """w4a16 g128 of 4096 x 4096 at 1, 16, 128 and 1024 tokens, w8a16 g32 with zero points between codes, and dequantization."""
+    found = []
+    for m, bits, group, fraction in ((1, 4, 128, False), (16, 4, 128, False), (128, 4, 128, False), (1024, 4, 128, False), (1, 8, 32, True)):  # fmt: skip
+        config = default(core, m, 4096, 4096, bits, group)
+        found.append(variant(core, config, bits, group, fraction, f"w{bits}a16 g{group}, {m} tokens"))
+    return [*found, variant(core, DEQUANTIZE, 4, 128, False, "w4 g128 to bfloat16")]
+
+
+def variant(core: Core, config: Config, bits: int, group: int, fraction: bool, label: str) -> Variant:
+    """A configuration for compilation ahead of time, x in bfloat16."""
+    c, pointers = config.constants, {"codes_ptr": "*i32", "scale_ptr": "*i32", "row_ptr": "*fp32"}
+    sizes = {"columns": "i32", "inputs": "i32", "tiles": "i32", "groups": "i32", "mask": "i32"}
+    constants: dict[str, object] = {"BITS": bits, "GROUP": group, "FRACTION": fraction, "T": c["T"], "J": c["J"]}
+    if fraction:
+        pointers["zero_ptr"] = "*i32"
+    else:
+        constants["zero_ptr"] = None
+    if config.form == "dequantize":
+        types, matrix, loose = {**pointers, "w_ptr": "*bf16", **sizes}, False, ("groups", "mask")
+    else:
+        sums = "*bf16" if c["PARTS"] == 1 else "*fp32"
+        types = {**pointers, "x_ptr": "*bf16", "y_ptr": sums, **sizes, "rows": "i32", "steps": "i32"}
+        constants |= {
+            "bias_ptr": None,
+            "factor_ptr": None,
+            "residual_ptr": None,
+            "ACTIVATION": "",
+            "BLOCK_M": c["BLOCK_M"],
+        }
+        constants |= {"STAGES": config.stages, "AFTER": _after(c["J"], bits, group, c["BLOCK_M"])}
+        constants |= {"S": c["S"]} if config.form == "small" else {"WGMMA": core.warp_groups}
+        matrix, loose = True, ("rows", "groups", "steps", "mask")
+    return Variant("linear_wna16", config.form, types, constants, config.warps, config.stages, matrix, label, loose)
