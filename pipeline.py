@@ -615,7 +615,7 @@ def _graphs(model: Model, golden: Mapping[str, np.ndarray], name: str, program: 
         raise PlanishError(
             f"'{model.source}' takes {size:,} bytes as ONNX; a file of which holds at most 2 GiB; compress it to fewer bits first"
         )
-    return Source(made, golden, name, program, graph if made is not graph else None)
+    return Source(made, golden, name, program, graph if made is not graph else None, origin=model.origin)
 
 
 def _noise(model: onnx.ModelProto, spec: str) -> dict[str, np.ndarray]:
@@ -734,8 +734,9 @@ def _on_device(folder: Path, manifest: dict[str, Any], device: Target) -> dict[s
 
 
 def _worst(got: Mapping[str, np.ndarray], want: Mapping[str, np.ndarray]) -> float:
-    """Largest difference over the outputs, each as a share of its largest value."""
-    return max(_difference(got[k], v) / max(float(np.abs(v).max(initial=0.0)), 1e-30) for k, v in want.items())
+    """Largest difference over the outputs that both have, each as a share of its largest value."""
+    shared = {k: v for k, v in want.items() if k in got}  # a format may leave a counter out
+    return max(_difference(got[k], v) / max(float(np.abs(v).max(initial=0.0)), 1e-30) for k, v in shared.items())
 
 
 def _open(item: Artifact, name: str, threads: int) -> Session:

@@ -3,6 +3,7 @@
     model.pt2            the program: ATen ops, quantize/dequantize pairs, planish ops, with their tensors
     golden.safetensors   input.<name>, original.<output>, expected.<output>: samples with both models' answers
     tokenizer.json       of a language model that has one, as it was in the model's folder
+    hugging_face.json    of a model from a Hugging Face folder: config.json and other small files of it, content by name
     manifest.json        format "compressed", format_version, planish (version), model (what the user named), target,
                          recipe (as run, every field), inputs and outputs ({name, shape, dtype}; null: any batch; a name:
                          any size; state: true for a state, which starts empty), text ({begin, window, causal} or absent),
@@ -35,6 +36,7 @@ from .model import Entry, Input, Model, Text, from_program, output_names, predic
 
 FORMAT_VERSION = 1
 PROGRAM, GOLDEN, MANIFEST, TOKENIZER = "model.pt2", "golden.safetensors", "manifest.json", "tokenizer.json"
+ORIGIN = "hugging_face.json"
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,9 @@ class Compressed:
             if self.model.text is not None:
                 (work / TOKENIZER).write_text(self.model.text.tokenizer, encoding="utf-8")
                 names.append(TOKENIZER)
+            if self.model.origin is not None:
+                (work / ORIGIN).write_text(files.to_json(dict(self.model.origin)), encoding="utf-8")
+                names.append(ORIGIN)
             listing = {n: {"bytes": (work / n).stat().st_size, "sha256": files.sha256(work / n)} for n in names}
             (work / MANIFEST).write_text(files.to_json({**self.manifest, "files": listing}), encoding="utf-8")
 
@@ -116,14 +121,15 @@ def load(folder: Path) -> Compressed:
     version = manifest.get("format_version")
     if not isinstance(version, int) or version > FORMAT_VERSION:
         raise PlanishError(f"'{folder}' has format version {version!r:.20}; this planish reads up to {FORMAT_VERSION}")
-    _check_files(folder, manifest)
+    listing = _check_files(folder, manifest)
     receipt = _receipt(folder, manifest)
     program, mapped = program_file.open_mapped(folder / PROGRAM)
     try:
         golden = safetensors.numpy.load_file(folder / GOLDEN)
     except safetensors.SafetensorError as error:
         raise PlanishError(f"'{folder / GOLDEN}' is damaged: {error}") from None
-    model = replace(from_program(program, None, str(manifest.get("model", folder))), mapped=(mapped,))
+    origin = _origin(folder) if ORIGIN in listing else None
+    model = replace(from_program(program, None, str(manifest.get("model", folder))), mapped=(mapped,), origin=origin)
     return Compressed(_as_described(model, folder, manifest).with_receipt(*receipt), manifest, golden)
 
 
@@ -161,10 +167,18 @@ def _restored(item: Input, said: Mapping[str, Any], folder: Path) -> Input:
     return replace(item, dims=dims if any(dims) else (), state=state)
 
 
-def _check_files(folder: Path, manifest: dict[str, Any]) -> None:
+def _origin(folder: Path) -> dict[str, str]:
+    found = files.read_json(folder / ORIGIN)
+    if not all(isinstance(v, str) and Path(n).name == n for n, v in found.items()):
+        raise PlanishError(f"'{folder / ORIGIN}' holds something else than texts by file name")
+    return found
+
+
+def _check_files(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    """The manifest's list of files, taken out of it. Raises PlanishError unless they are what is expected, each with its hash."""
     listing = manifest.pop("files", None)
     wanted = {PROGRAM, GOLDEN} | ({TOKENIZER} if manifest.get("text") is not None else set())
-    if not isinstance(listing, dict) or set(listing) != wanted:
+    if not isinstance(listing, dict) or set(listing) - {ORIGIN} != wanted:
         raise PlanishError(f"'{folder / MANIFEST}' does not list its files; {listed(sorted(wanted))} are expected")
     for name, stated in listing.items():
         path = folder / name
@@ -172,6 +186,7 @@ def _check_files(folder: Path, manifest: dict[str, Any]) -> None:
             raise PlanishError(f"'{path}' is missing")
         if not isinstance(stated, dict) or files.sha256(path) != stated.get("sha256"):
             raise PlanishError(f"'{path}' is not the file that the manifest lists: its SHA-256 differs")
+    return listing
 
 
 def _receipt(folder: Path, manifest: Mapping[str, Any]) -> list[Entry]:

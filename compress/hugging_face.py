@@ -8,6 +8,8 @@ A causal language model is traced in the cache form: `input_ids` (batch, length)
 heads, past, size) of every layer, which start empty; outputs `logits` (batch, length, vocabulary) and `present_key_i`,
 `present_value_i` (batch, heads, past + length, size). A Mamba carries `conv_state_i` and `scan_state_i`. An encoder takes
 `input_ids` and `attention_mask`, a vision model `pixel_values`; their outputs have transformers' names.
+
+Linears that the folder holds as bitsandbytes codes are traced as planish ops on these codes: bitsandbytes_file.py.
 """
 
 from __future__ import annotations
@@ -26,9 +28,9 @@ from torch.overrides import TorchFunctionMode
 
 from ..common import files
 from ..common.errors import PlanishError, listed, missing_extra
-from . import layers, mamba, text
+from . import bitsandbytes_file, layers, mamba, text
 from .mapped import Mapped, safetensors_file
-from .model import Input, Model, Text, trace
+from .model import Entry, Input, Model, Text, trace
 from .weights import misfits
 
 DECODERS = ("gemma", "gpt2", "gpt_neox", "llama", "mistral", "opt", "phi", "phi3", "qwen2", "qwen3")
@@ -48,6 +50,12 @@ ENDINGS = {
 UNLIMITED = 2048
 """window of a model without a limit of its own (a Mamba): the length that the published ones were trained with"""
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+COMPANIONS = (
+    "chat_template.jinja", "config.json", "generation_config.json", "preprocessor_config.json", "special_tokens_map.json", "tokenizer_config.json",
+)  # fmt: skip
+"""small files of a folder that travel with its model, so that a folder can be written again"""
+SMALL = 1 << 20
+"""bytes of the largest of them"""
 
 
 def is_folder(path: Path) -> bool:
@@ -57,22 +65,33 @@ def is_folder(path: Path) -> bool:
 
 def load(folder: Path) -> Model:
     """The model in the folder. Raises PlanishError, one line, for everything that is missing, damaged or not supported."""
-    config, kind = _config(folder)
-    module = _build(kind, config)
+    content = files.read_json(folder / "config.json")
+    packing = bitsandbytes_file.packing(content, folder)
+    config, module = skeleton(content, folder)
     mapped, tensors = read(folder)
+    receipt: tuple[Entry, ...] = ()
+    if packing is not None:
+        if config.model_type in STATE_SPACE:
+            raise PlanishError(f"'{folder}': a '{config.model_type}' whose linears are bitsandbytes codes is not read")
+        tensors, receipt = bitsandbytes_file.place(module, tensors, packing, _renaming(module), folder)
     given = _matched(module, tensors, folder)
     _untie(module, given)
     model = _traced(module, config, str(folder))
     _fill(model.graph, given)
-    return replace(model, text=_text(folder, config), mapped=mapped)
+    return replace(model, text=_text(folder, config), mapped=mapped, receipt=receipt, origin=_origin(folder))
 
 
 # ---- the architecture
 
 
-def _config(folder: Path) -> tuple[Any, type[torch.nn.Module]]:
+def skeleton(content: Mapping[str, Any], folder: Path) -> tuple[Any, torch.nn.Module]:
+    """The configuration object and the module, without values, of a config.json's content; `folder` is what messages name."""
+    config, kind = architecture(content, folder)
+    return config, _build(kind, config)
+
+
+def architecture(content: Mapping[str, Any], folder: Path) -> tuple[Any, type[torch.nn.Module]]:
     """The configuration object and the model class that transformers has for the folder."""
-    content = files.read_json(folder / "config.json")
     try:
         import transformers
         from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -90,10 +109,8 @@ def _config(folder: Path) -> tuple[Any, type[torch.nn.Module]]:
     kind = getattr(transformers, name, None)
     if not (isinstance(kind, type) and issubclass(kind, torch.nn.Module)):
         raise PlanishError(f"'{folder}': transformers {transformers.__version__} has no class '{name}'")
-    if content.get("quantization_config"):
-        raise PlanishError(f"'{folder}' is quantized already (its config.json has a quantization_config)")
     try:
-        config = CONFIG_MAPPING[model_type].from_dict(content)
+        config = CONFIG_MAPPING[model_type].from_dict({k: v for k, v in content.items() if k != "quantization_config"})
     except Exception as error:  # the configuration classes check their fields each in its own way
         raise PlanishError(
             f"'{folder / 'config.json'}' is not a configuration of '{model_type}': {_line(error)}"
@@ -234,6 +251,15 @@ def _renaming(module: Any) -> Callable[[str], str]:
 
 def _traced(module: Any, config: Any, source: str) -> Model:
     """The traced model, its parameters still without values."""
+    module, inputs, outputs = in_form(module, config)
+    examples = {i.name: torch.ones(i.shape, dtype=i.dtype) for i in inputs}
+    with _quiet():
+        model = trace(module, examples, source, inputs)
+    return replace(model, names=tuple(outputs))
+
+
+def in_form(module: Any, config: Any) -> tuple[Any, tuple[Input, ...], Sequence[str]]:
+    """The module with a forward that takes and returns tensors by position; its inputs, and the names of its outputs once it has run."""
     if config.model_type in STATE_SPACE:
         module = mamba.Streaming(module)
         inputs, outputs = module.inputs(), module.outputs()
@@ -248,10 +274,7 @@ def _traced(module: Any, config: Any, source: str) -> Model:
         height, width = (size, size) if isinstance(size, int) else size
         inputs = (Input("pixel_values", (1, config.num_channels, height, width), torch.float32),)
         outputs = _plain(module, inputs)
-    examples = {i.name: torch.ones(i.shape, dtype=i.dtype) for i in inputs}
-    with _quiet():
-        model = trace(module, examples, source, inputs)
-    return replace(model, names=tuple(outputs))
+    return module, tuple(inputs), outputs
 
 
 def _signature(module: Any, names: Sequence[str], forward: Callable[..., Any]) -> None:
@@ -381,7 +404,18 @@ def _widen(graph: GraphModule, node: Node, user: Node) -> None:
         user.replace_input_with(node, made)
 
 
-# ---- text
+# ---- text and what else travels with the model
+
+
+def _origin(folder: Path) -> dict[str, str]:
+    """Content of the folder's COMPANIONS by name; one that is large or no text is left where it is."""
+    found: dict[str, str] = {}
+    for name in COMPANIONS:
+        path = folder / name
+        if path.is_file() and path.stat().st_size <= SMALL:
+            with contextlib.suppress(UnicodeDecodeError):
+                found[name] = path.read_text(encoding="utf-8")
+    return found
 
 
 def _text(folder: Path, config: Any) -> Text | None:

@@ -94,6 +94,8 @@ class Model:
     """names of the outputs; () for 'output', or 'output_0', 'output_1', ..."""
     text: Text | None = None
     """what turns text into the model's inputs, for a language model; None for every other model"""
+    origin: Mapping[str, str] | None = None
+    """content of config.json and of other small files of the Hugging Face folder that the model comes from, by name"""
     mapped: tuple[Mapped, ...] = ()
     """files whose tensors the graph reads where they stand, so that their pages can be let go"""
 

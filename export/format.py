@@ -29,6 +29,8 @@ class Source:
     """the compressed model's .pt2, when the source is one"""
     fused: onnx.ModelProto | None = None
     """`onnx` before its fused low-bit ops were lowered: one node of the domain planish each; None where there is none"""
+    origin: Mapping[str, str] | None = None
+    """small files of the Hugging Face folder that the model comes from, config.json among them, content by name"""
     graph: Graph | None = None
     """the integer network that format c writes instead of `onnx`: one that was narrowed or cut into patches for a device"""
 

@@ -120,21 +120,27 @@ register(
 class LinearInt8Outlier(Fused):
     """ONNX: MatMulInteger with scales of tokens and rows in nodes of their own, and a thin float product of gathered columns.
 
+    In the dynamic form the columns are those of NonZero, and the thin weight is gathered from the codes in every call.
+
     Activations are uint8 codes with the zero point 128, the type that MatMulInteger has the fastest kernels for; the integers are the
     same. The thin weight (k, out) is stored in float16 and ONNX Runtime widens it once; the rest of the weight stays int8.
     The rows of the codes that belong to outlier columns stay stored: a product with zero.
     """
 
     def lower(self, call: Call, graph: Builder) -> Sequence[str]:
-        """Equal to the reference within float32 rounding; the integers are equal. Raises PlanishError for the dynamic form."""
+        """Equal to the reference within float32 rounding; the integers are equal.
+
+        Raises PlanishError for the dynamic form when some columns are stored in 16 bits.
+        """
         name, tensors = call.name, call.tensors
         x = tensors["x"]
         threshold = graph.constant(f"{name}.threshold", np.array(call.attributes["threshold"], np.float32))
         codes, scale = graph.value(tensors["codes"]), graph.value(tensors["scale"])
         columns = graph.value(tensors["columns"]) if "columns" in tensors else np.zeros(0, np.int64)
-        if call.attributes["dynamic"]:
+        dynamic = bool(call.attributes["dynamic"])
+        if dynamic and "outlier_weight" in tensors:
             raise PlanishError(
-                f"layer '{name}': outlier columns that are found at run time have no ONNX form; frozen columns have"
+                f"layer '{name}': outlier columns that are found at run time beside 16-bit ones have no ONNX form; frozen columns have"
             )
         regular = np.ones(codes.shape[1], bool)  # (in,)
         regular[columns] = False
@@ -144,8 +150,13 @@ class LinearInt8Outlier(Fused):
         size = graph.one("Abs", [x], f"{name}.size")
         hot = graph.one("GreaterOrEqual", [size, threshold], f"{name}.hot")
         beyond = graph.one("And", [hot, mask], f"{name}.beyond")
-        peak = self._peak(size, hot, beyond, zero, columns, graph, name)
-        kept = graph.one("Where", [mask, x, zero], f"{name}.kept") if len(columns) else x
+        if dynamic:
+            peak = self._largest(graph.one("Where", [hot, zero, size], f"{name}.inner"), zero, graph, name)
+            outlier = self._found(hot, codes.shape[1], graph, name)
+            kept = graph.one("Where", [outlier, zero, x], f"{name}.kept")
+        else:
+            peak, outlier = self._peak(size, hot, beyond, zero, columns, graph, name), ""
+            kept = graph.one("Where", [mask, x, zero], f"{name}.kept") if len(columns) else x
         top = graph.constant(f"{name}.top", np.array(TOP, np.float32))
         factor = graph.one("Div", [top, peak], f"{name}.factor")
         rounded = graph.one("Round", [graph.one("Mul", [kept, factor], f"{name}.scaled")], f"{name}.rounded")
@@ -158,7 +169,9 @@ class LinearInt8Outlier(Fused):
         y = graph.one("Cast", [product], f"{name}.product", to=TensorProto.FLOAT)
         token = graph.one("Div", [peak, top], f"{name}.token_scale")
         y = graph.one("Mul", [graph.one("Mul", [y, token], f"{name}.tokens"), graph.constant(f"{name}.scale", scale)], f"{name}.rows")  # fmt: skip
-        if len(columns):
+        if dynamic:
+            y = graph.one("Add", [y, self._gathered(x, outlier, weight, scale, graph, name)], f"{name}.both")
+        elif len(columns):
             y = graph.one("Add", [y, self._thin(call, graph, codes, scale, columns)], f"{name}.both")
         if "bias" in tensors:
             y = graph.one("Add", [y, tensors["bias"]], f"{name}.biased")
@@ -169,10 +182,33 @@ class LinearInt8Outlier(Fused):
         if len(columns):
             outlier = graph.one("Xor", [hot, beyond], f"{name}.outlier")  # beyond implies hot
             size = graph.one("Where", [outlier, zero, size], f"{name}.inner")
+        return self._largest(size, zero, graph, name)
+
+    @staticmethod
+    def _largest(size: str, zero: str, graph: Builder, name: str) -> str:
+        """The largest of each token (..., 1), 1 for 0."""
         axes = graph.constant(f"{name}.last", np.array([-1], np.int64))
         peak = graph.one("ReduceMax", [size, axes], f"{name}.largest", keepdims=1)
         empty = graph.one("Equal", [peak, zero], f"{name}.empty")
         return graph.one("Where", [empty, graph.constant(f"{name}.one", np.array(1, np.float32)), peak], f"{name}.peak")
+
+    @staticmethod
+    def _found(hot: str, inputs: int, graph: Builder, name: str) -> str:
+        """(in,) bool: the columns in which some token of the call is `hot` (..., in)."""
+        ones = graph.one("Cast", [hot], f"{name}.hot_ones", to=TensorProto.FLOAT)
+        rows = graph.one("Reshape", [ones, graph.constant(f"{name}.rows_shape", np.array([-1, inputs]))], f"{name}.hot_rows")  # fmt: skip
+        over = graph.one("ReduceMax", [rows, graph.constant(f"{name}.tokens_axis", np.array([0]))], f"{name}.hottest", keepdims=0)  # fmt: skip
+        return graph.one("Greater", [over, graph.constant(f"{name}.none", np.array(0, np.float32))], f"{name}.outlier")
+
+    @staticmethod
+    def _gathered(x: str, outlier: str, weight: str, scale: np.ndarray, graph: Builder, name: str) -> str:
+        """The product of the columns that are `outlier` (in,) with their codes in `weight` (in, out), (..., out) float32."""
+        places = graph.one("NonZero", [outlier], f"{name}.places")  # (1, k)
+        columns = graph.one("Reshape", [places, graph.constant(f"{name}.flat", np.array([-1]))], f"{name}.columns")
+        codes = graph.one("Cast", [graph.one("Gather", [weight, columns], f"{name}.outlier_codes", axis=0)], f"{name}.outlier_wide", to=TensorProto.FLOAT)  # fmt: skip
+        thick = graph.one("Mul", [codes, graph.constant(f"{name}.outlier_scale", scale)], f"{name}.outlier_weight")
+        chosen = graph.one("Gather", [x, columns], f"{name}.outlier_x", axis=-1)  # (..., k)
+        return graph.one("MatMul", [chosen, thick], f"{name}.outliers")
 
     def _thin(self, call: Call, graph: Builder, codes: np.ndarray, scale: np.ndarray, columns: np.ndarray) -> str:
         """The product of the outlier columns, (..., out) float32."""

@@ -4,7 +4,7 @@ A column is an outlier column when some activation of calibration reaches the th
 union over all calibration data, each layer's own, its size in the receipt. What was not seen in calibration is not lost either: the
 model gets one more output, `values_beyond_threshold`, which counts for each sample the values beyond the threshold in other columns,
 summed over the layers. With `frozen` false the columns are found at every call, as in the paper; then a token's result depends
-on the batch, and the model has no ONNX form.
+on the batch, and with `exact` the model has no ONNX form.
 """
 
 from __future__ import annotations

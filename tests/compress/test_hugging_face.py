@@ -248,7 +248,7 @@ def configured(folder: Path, **values: Any) -> None:
         ({"architectures": ["LlamaModel"]}, "holds a 'LlamaModel' of architecture 'llama'; supported of it: …ForCausalLM"),
         ({"architectures": None}, "none named"),
         ({"architectures": ["OwnForCausalLM"]}, "has no class 'OwnForCausalLM'"),
-        ({"quantization_config": {"bits": 4}}, "is quantized already"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "is quantized already, as 'gptq'"),
         ({"hidden_size": "wide"}, "is not a configuration of 'llama'"),
         ({"num_hidden_layers": 3}, "9 missing: 'model.layers.2."),
         ({"num_hidden_layers": 1}, "9 unexpected: 'model.layers.1."),

@@ -118,7 +118,7 @@ def test_zero_rows_and_values_beyond_float16_stay_finite():
         assert beyond.tolist() == [0]
 
 
-def lowered(weight, columns, exact, bias, samples, rank):
+def lowered(weight, columns, exact, bias, samples, rank, dynamic=False):
     graph = onnx.GraphProto(name="linear")
     shape = [f"d{i}" for i in range(rank - 1)]
     graph.input.append(helper.make_tensor_value_info("x", TensorProto.FLOAT, [*shape, weight.shape[1]]))
@@ -127,7 +127,7 @@ def lowered(weight, columns, exact, bias, samples, rank):
     given = {"codes": codes, "scale": scale, "columns": columns, "bias": bias}
     given["outlier_weight"] = weight[:, columns].half() if exact else None
     tensors = {"x": "x"} | {n: builder.constant(f"layer.{n}", t.numpy()) for n, t in given.items() if t is not None}
-    call = Call("layer", tensors, {"threshold": 6.0, "dynamic": 0, "samples": samples})
+    call = Call("layer", tensors, {"threshold": 6.0, "dynamic": int(dynamic), "samples": samples})
     names = op.LinearInt8Outlier().lower(call, builder)
     graph.node.extend(builder.nodes)
     graph.output.append(helper.make_tensor_value_info(names[0], TensorProto.FLOAT, [*shape, len(weight)]))
@@ -159,6 +159,25 @@ def test_the_onnx_form_equals_the_reference(shape, exact, count):
         assert beyond.tolist() == counted.tolist()
 
 
+@pytest.mark.parametrize("shape", [(1, 24), (3, 5, 24), (2, 1, 33)])
+@pytest.mark.parametrize("gain", [1, 30])
+@pytest.mark.parametrize("stored", [True, False])
+def test_the_onnx_form_with_columns_found_at_every_call_equals_the_reference(shape, gain, stored):
+    """With no outlier at all the gathered product has no column: it must give zeros."""
+    generator = torch.Generator().manual_seed(len(shape))
+    x = torch.randn(shape, generator=generator).clamp(-5, 5)
+    weight, bias = torch.randn(17, shape[-1], generator=generator), torch.randn(17, generator=generator)
+    x[..., [2, 9, 11]] *= gain
+    columns = torch.tensor([9, 20]) if stored else None
+    for samples in (-1, 0):
+        model = lowered(weight, columns, False, bias, samples, len(shape), True)
+        session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+        y, beyond = session.run(None, {"x": x.numpy()})
+        expected, counted = run(x, weight, columns, False, bias, samples=samples)
+        np.testing.assert_allclose(y, expected.numpy(), rtol=2e-6, atol=2e-5)
+        assert beyond.tolist() == counted.tolist()
+
+
 def test_onnx_runtime_keeps_the_weight_in_eight_bits(tmp_path):
     x, weight, columns = layer(0, rows=4)
     options = onnxruntime.SessionOptions()
@@ -173,8 +192,9 @@ def test_onnx_runtime_keeps_the_weight_in_eight_bits(tmp_path):
     assert sum(len(i.raw_data) for i in optimized.graph.initializer) < weight.numel() * 1.2
 
 
-def test_columns_found_at_run_time_have_no_onnx_form():
-    call = Call("fc", {"x": "x", "codes": "c", "scale": "s"}, {"threshold": 6.0, "dynamic": 1, "samples": 0})
+def test_columns_found_at_run_time_beside_exact_ones_have_no_onnx_form():
+    tensors = {"x": "x", "codes": "c", "scale": "s", "outlier_weight": "o"}
+    call = Call("fc", tensors, {"threshold": 6.0, "dynamic": 1, "samples": 0})
     builder = Builder(onnx.GraphProto(), {"c": np.zeros((2, 2), np.int8), "s": np.ones(2, np.float32)})
     with pytest.raises(PlanishError, match=r"layer 'fc'.*found at run time"):
         op.LinearInt8Outlier().lower(call, builder)
