@@ -10,7 +10,7 @@ integer sum is scaled and added in float32.
 SPLIT > 1 is for few tiles: each of SPLIT programs sums over a part of the columns, and split_k.py adds the scaled parts in order.
 
 On Hopper Triton waits for an integer product before it goes on (it keeps only float32 sums in flight), so a step of the loop must be
-long, or two programs must share a multiprocessor; `default` weighs both against the bytes that a tile draws from L2.
+long, or two programs must share a multiprocessor; tiles.py weighs both against the bytes that a tile draws from L2.
 """
 
 from __future__ import annotations
@@ -24,9 +24,13 @@ import triton.language as tl
 
 from ..gpu.core import Core
 from ..gpu.linear_dynamic import DTYPES
-from . import epilogue, split_k
+from . import epilogue, split_k, tiles
 from .ahead import Variant
 from .config import Config, core_of, launch, tuned
+from .tiles import Operands
+
+SCALED = 48
+"""sums of a group that a multiprocessor scales in a clock, beside its tensor cores"""
 
 
 @triton.jit
@@ -118,16 +122,6 @@ def scaled(
 
 
 @triton.jit
-def tile(index, tokens, outs, BN: tl.constexpr, BM: tl.constexpr, BAND: tl.constexpr):
-    """(row of tiles of the weight, of tokens) of the program `index`: BAND rows of the weight at a time, so that programs that run together share operands in L2."""
-    tiles_n, tiles_m = tl.cdiv(outs, BN), tl.cdiv(tokens, BM)
-    band = index // (BAND * tiles_m)
-    high = tl.minimum(tiles_n - band * BAND, BAND)
-    inside = index % (BAND * tiles_m)
-    return band * BAND + inside % high, inside // high
-
-
-@triton.jit
 def linear_int8(
     codes_ptr, token_scale_ptr, token_zero_ptr, weight_ptr, scale_ptr, total_ptr, bias_ptr, factor_ptr, residual_ptr, y_ptr,
     parts_ptr, tokens, outs, columns, groups,
@@ -135,7 +129,7 @@ def linear_int8(
     BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BAND: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """Writes y (tokens, outs), or for SPLIT > 1 parts (SPLIT, tokens, outs) float32."""
-    row, column = tile(tl.program_id(0), tokens, outs, BN, BM, BAND)
+    row, column = tiles.tile(tl.program_id(0), tokens, outs, BN, BM, BAND)
     out = row * BN + tl.arange(0, BN)
     token = column * BM + tl.arange(0, BM)
     part = tl.program_id(1)
@@ -154,62 +148,14 @@ def linear_int8(
         tl.store(parts_ptr + at, z, (token < tokens) & (out < outs))
 
 
-MACS = {80: 2048, 89: 1024, 90: 4096}
-"""multiplications of bytes in a clock of a multiprocessor, by capability"""
-L2, L2_ONE, DRAM = 4200, 64, 1900
-"""bytes in a clock: from L2 to all multiprocessors, to one, from memory; of the order of an H100's, to be replaced by tuned tables"""
-WAIT, LATENCY, START = 300, 1000, 2500
-"""clocks: of a step's barriers and copies when nothing else runs meanwhile, until bytes arrive, of a launch"""
-SCALED = 48
-"""sums of a group scaled in a clock"""
-
-
-def _clocks(core: Core, config: Config, m: int, n: int, k: int, bits: int, group: int) -> float:
-    """What a configuration may take, to order them: products, or bytes from L2, whichever is longer, and waits."""
-    c = config.constants
-    stage = c["BN"] * c["BK"] * bits // 8 + c["BM"] * c["BK"]  # bytes of a step
-    programs = triton.cdiv(n, c["BN"]) * triton.cdiv(m, c["BM"]) * c["SPLIT"]
-    registers = c["BN"] * c["BM"] * (2 if group else 1) + 72 * 32 * config.warps
-    fits = min(core.shared_bytes // (stage * config.stages), (1 << 16) // registers)
-    together = max(1, min(fits, triton.cdiv(programs, core.multiprocessors)))
-    rate = min(L2_ONE, L2 / min(programs, core.multiprocessors), stage * (config.stages - 1) * together / LATENCY)
-    products = c["BN"] * c["BM"] * c["BK"] / MACS[max(known for known in MACS if known <= core.capability)]
-    products += c["BN"] * c["BM"] / SCALED if group else 0
-    busy = max(products, stage / rate) + 0.1 * min(products, stage / rate)  # of the multiprocessor, for a step
-    step = max(busy, (busy + WAIT) / together)
-    rounds, steps = triton.cdiv(programs, core.multiprocessors), triton.cdiv(k // c["BK"], c["SPLIT"])
-    added = 0 if c["SPLIT"] == 1 else START + 2 * c["SPLIT"] * m * n * 4 / L2
-    inside, outside = rounds * steps * step, n * k * bits / 8 / DRAM
-    return max(inside, outside) + 0.1 * min(inside, outside) + START + added
-
-
-def _fitting(core: Core, k: int, group: int, bits: int) -> list[Config]:
-    """Every sensible specialization for k columns and groups of `group` (0: none)."""
-    depths = [d for d in (64, 128, 256, 512) if (group or k) % d == 0] or [32]
-    shapes = [(128, 256, 8), (256, 128, 8), (128, 128, 8), (128, 64, 4), (64, 128, 4), (64, 64, 4), (128, 32, 4), (64, 32, 4), (128, 16, 4), (64, 16, 4)]  # fmt: skip
-    if core.capability != 90:  # a warp holds its operands in registers beside the sums
-        shapes = [(128, 128, 8), (128, 64, 8), (64, 128, 8), (64, 64, 4), (64, 32, 4), (128, 16, 4), (64, 16, 4)]
-    made = []
-    for rows, tokens, warps in shapes:
-        if group and rows * tokens > 64 * 32 * warps:  # sums of a group beside the sums of all: both stay in registers
-            continue
-        few = tokens <= 32  # little work in a step, so that steps are long
-        for depth in [d for d in depths if (d > 128) == few] or depths[-1:]:
-            most = core.shared_bytes // (rows * depth * bits // 8 + tokens * depth)
-            made += [
-                Config("tiles", {"BN": rows, "BM": tokens, "BK": depth, "BAND": 8, "SPLIT": split}, warps, stages)
-                for split in (1, 2, 4, 8)
-                if split == 1 or k // depth >= 4 * split
-                for stages in ((3, 4, 5) if few else (3, 4))
-                if stages <= most
-            ]
-    return made
+def _operands(core: Core, bits: int, group: int) -> Operands:
+    return Operands(bits / 8, 1, tiles.macs(core), SCALED if group else 0)
 
 
 @functools.cache
 def default(core: Core, m: int, n: int, k: int, bits: int = 8, group: int = 0) -> Config:
-    """The fitting specialization that `_clocks` finds shortest, for m tokens, n rows and k columns."""
-    return min(_fitting(core, k, group, bits), key=lambda c: _clocks(core, c, m, n, k, bits, group))
+    """The fitting specialization that tiles.py expects to be the shortest, for m tokens, n rows and k columns."""
+    return tiles.ordered(core, m, n, k, group or k, _operands(core, bits, group))[0]
 
 
 def choose(core: Core, m: int, n: int, k: int, bits: int = 8, group: int = 0) -> Config:
@@ -221,8 +167,8 @@ def choose(core: Core, m: int, n: int, k: int, bits: int = 8, group: int = 0) ->
 
 
 def candidates(core: Core, m: int, n: int, k: int, bits: int = 8, group: int = 0) -> list[Config]:
-    """What a tuning script tries: the 32 that `_clocks` puts first."""
-    return sorted(_fitting(core, k, group, bits), key=lambda c: _clocks(core, c, m, n, k, bits, group))[:32]
+    """What a tuning script tries: the first 32."""
+    return tiles.ordered(core, m, n, k, group or k, _operands(core, bits, group))[:32]
 
 
 def run(
