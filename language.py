@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from .compress.data import Data
 from .compress.evaluation import Language
 from .compress.model import Input, Model, Text
 from .export.artifact import Artifact
-from .runtimes.session import Session
+from .runtimes.session import Greedy, Session
 
 TOKENIZER = "tokenizer.json"
 
@@ -75,10 +76,13 @@ def stored(item: Artifact) -> Text | None:
     return Text(content, said["begin"], int(said["window"]), bool(said["causal"]))
 
 
-def generate(model: Language, how: Text, prompt: str, count: int) -> Generated:
+def generate(
+    model: Language, how: Text, prompt: str, count: int, greedy: Callable[[int], Greedy | None] = lambda capacity: None
+) -> Generated:
     """At most `count` tokens behind the prompt, each the most likely one; stops at a special token (end of text).
 
     The prompt is read in one step; every further step takes one token and the states. A model without states reads all again.
+    `greedy`: what a session has instead of steps, for a text of so many tokens.
     Raises PlanishError for an empty prompt without begin token, and when prompt and tokens exceed the window.
     """
     tokenizer = text.opened(how.tokenizer)
@@ -91,19 +95,16 @@ def generate(model: Language, how: Text, prompt: str, count: int) -> Generated:
         )
     added = json.loads(how.tokenizer).get("added_tokens") or []
     ends = {t["id"] for t in added if t.get("special")}
-    states = model.empty(1)
     made: list[int] = []
-    given = ids
     started, steps = 0.0, 0
-    for steps in range(count):
-        scores, states = model.step(np.asarray([given], np.int64), states)
-        token = int(scores[0, -1].argmax())
+    held = greedy(len(ids) + count)
+    tokens = _stepped(model, ids) if held is None else _held(held, ids)
+    for steps, token in zip(range(count), tokens, strict=False):
         if steps == 0:
             started = time.perf_counter()
         if token in ends:
             break
         made.append(token)
-        given = [token] if states else [*ids, *made]
     seconds = time.perf_counter() - started
     before, whole = (
         tokenizer.decode(ids),
@@ -111,6 +112,24 @@ def generate(model: Language, how: Text, prompt: str, count: int) -> Generated:
     )  # a space in front may only show behind other text
     written = whole.removeprefix(before) if whole.startswith(before) else tokenizer.decode(made)
     return Generated(written, len(made), len(ids), steps / seconds if steps else None)
+
+
+def _stepped(model: Language, ids: list[int]) -> Iterator[int]:
+    """The most likely tokens behind `ids`, one a step."""
+    states, seen, given = model.empty(1), list(ids), ids
+    while True:
+        scores, states = model.step(np.asarray([given], np.int64), states)
+        token = int(scores[0, -1].argmax())
+        yield token
+        seen.append(token)
+        given = [token] if states else seen
+
+
+def _held(held: Greedy, ids: list[int]) -> Iterator[int]:
+    """The same where the session holds the states."""
+    yield held.read(torch.tensor([ids]))
+    while True:
+        yield held.next()
 
 
 def read(spec: str, item: Artifact, length: int | None = None) -> Data:

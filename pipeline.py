@@ -40,7 +40,7 @@ from .export.artifact import Artifact
 from .export.format import Format, Source, Written
 from .export.lowering import lowered, to_onnx
 from .runtimes import measure, ort, serial_line
-from .runtimes.session import Profile, Runtime, Session
+from .runtimes.session import Greedy, Profile, Runtime, Session
 from .targets import target as targets
 from .targets.target import Target
 
@@ -325,7 +325,7 @@ def generate(
             raise PlanishError(f"'{model}' is no causal language model; it takes {listed(found.inputs, 6)}")
         if found.text is None:
             raise PlanishError(f"'{model}' carries no tokenizer.json, which turns a prompt into tokens")
-        made = language.generate(found.language, found.text, prompt, tokens)
+        made = language.generate(found.language, found.text, prompt, tokens, found.greedy)
     return {
         "text": made.text,
         "tokens": made.tokens,
@@ -385,6 +385,8 @@ class _Opened:
     text: Text | None
     traced: Model | None = None
     """unless it is an artifact"""
+    greedy: Callable[[int], Greedy | None] = lambda capacity: None
+    """a faster way to continue a text of so many tokens"""
 
 
 @contextlib.contextmanager
@@ -408,7 +410,8 @@ def _opened(
         with _open(item, name, threads) as session:
             causal = language.of_session(item, session) if language.is_causal(item) else None
             names = [i["name"] for i in item.inputs]
-            yield _Opened(session.run, names, name, given, item.golden(), causal, language.stored(item))
+            held = language.stored(item)
+            yield _Opened(session.run, names, name, given, item.golden(), causal, held, greedy=session.greedy)
         return
     if runtime not in (None, "pt2"):
         raise PlanishError(f"'{spec}' is no artifact; it runs on 'pt2' only, not on '{runtime}'")

@@ -298,8 +298,10 @@ def output_names(model: Model) -> tuple[str, ...]:
     return ("output",) if len(flat) == 1 else tuple(f"output_{i}" for i in range(len(flat)))
 
 
-def predict(model: Model, inputs: Mapping[str, np.ndarray], batch: int = 256) -> dict[str, np.ndarray]:
-    """Outputs (n, ...) by name for (n, ...) inputs, at most `batch` samples at a time.
+def predict(
+    model: Model, inputs: Mapping[str, np.ndarray], batch: int = 256, device: torch.device | str = "cpu"
+) -> dict[str, np.ndarray]:
+    """Outputs (n, ...) by name for (n, ...) inputs, at most `batch` samples at a time, of a model whose tensors are on `device`.
 
     A model that fixes its batch takes its own; raises PlanishError when the samples do not fill it.
     """
@@ -310,7 +312,8 @@ def predict(model: Model, inputs: Mapping[str, np.ndarray], batch: int = 256) ->
     parts: list[list[torch.Tensor]] = []
     with torch.no_grad():
         for start in range(0, n, size):
-            parts.append(tree_leaves(model(*model.feeds({k: v[start : start + size] for k, v in inputs.items()}))))
+            feeds = model.feeds({k: v[start : start + size] for k, v in inputs.items()})
+            parts.append([y.cpu() for y in tree_leaves(model(*(x.to(device) for x in feeds)))])
     return {name: torch.cat([p[i] for p in parts]).numpy() for i, name in enumerate(output_names(model))}
 
 

@@ -41,6 +41,7 @@ from torch.export.pt2_archive._package import load_pt2
 
 from ..common.errors import PlanishError, listed
 from ..kernels import affine, fused
+from ..kernels.gpu import op as gpu_op
 from .mapped import Mapped
 
 _ = affine  # its import defines planish::quantize and planish::dequantize, which programs name
@@ -257,7 +258,8 @@ def read(source: Mapped, hollow: bool = False) -> Contents:
 
     `hollow`: the archive was made with stand-ins of one element for its tensors.
     """
-    fused.ops()  # defines the ops that a program may name
+    fused.ops()  # their files define the ops that a program may name
+    gpu_op.ops()
     members = _members(source)
     if members.text.get("archive_format") != b"pt2" or members.text["archive_version"] != b"0":
         raise Refused("not a pt2 archive of version 0")

@@ -6,7 +6,7 @@ import os
 import platform
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,13 @@ def latency(run: Callable[[], object], runs: int, warmup: int) -> Latency:
         start = time.perf_counter()
         run()
         times.append((time.perf_counter() - start) * 1e3)
+    return percentiles(times)
+
+
+def percentiles(times: Sequence[float]) -> Latency:
+    """The latency of single inferences that took these milliseconds."""
     p10, p50, p90, p99 = (float(v) for v in np.percentile(times, [10, 50, 90, 99]))
-    return Latency(p50, p90, p99, runs, (p90 - p10) / p50 if p50 else 0.0)
+    return Latency(p50, p90, p99, len(times), (p90 - p10) / p50 if p50 else 0.0)
 
 
 def peak_memory() -> int:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import abc
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
+import torch
 
 from ..export.artifact import Artifact
 
@@ -80,6 +81,18 @@ class Profile:
     """runtime and package versions, CPU, threads, emulator"""
 
 
+class Greedy(Protocol):
+    """One text that a language model continues by the most likely token, its states kept where the model runs."""
+
+    def read(self, tokens: torch.Tensor) -> int:
+        """Tokens (1, t) int64 that join the text -> the most likely one behind them."""
+        ...
+
+    def next(self) -> int:
+        """The token behind the one that was given last, which joins the text."""
+        ...
+
+
 class Session(abc.ABC):
     """A loaded artifact. `run` takes and returns arrays by the names in the artifact's manifest."""
 
@@ -90,6 +103,10 @@ class Session(abc.ABC):
     @abc.abstractmethod
     def profile(self, inputs: Arrays, runs: int, warmup: int) -> Profile:
         """Time single inferences (batch as given in `inputs`)."""
+
+    def greedy(self, capacity: int) -> Greedy | None:
+        """A faster way to continue a text of up to `capacity` tokens than `run` step by step; None where there is none."""
+        return None
 
     def close(self) -> None:
         """Release what the session holds."""
