@@ -51,6 +51,8 @@ class Operands:
     """multiplications in a clock of a multiprocessor"""
     scaled: float = 0
     """where the sums of a step are scaled and added to others: so many in a clock"""
+    held: int = 1 << 16
+    """weights of a step that a thread may hold in registers"""
 
 
 def macs(core: Core) -> int:
@@ -85,6 +87,8 @@ def fitting(core: Core, k: int, divisor: int, kind: Operands) -> list[Config]:
             continue
         few = tokens <= 32  # little work in a step, so that steps are long
         for depth in [d for d in depths if (d * kind.x > 128) == few] or depths[-1:]:
+            if rows * depth > kind.held * 32 * warps:
+                continue
             most = core.shared_bytes // (rows * depth * kind.weight + tokens * depth * kind.x)
             made += [
                 Config("tiles", {"BN": rows, "BM": tokens, "BK": depth, "BAND": 8, "SPLIT": split}, warps, stages)
