@@ -14,7 +14,7 @@ from ..gpu.core import Core
 from ..gpu.linear_ovp import STEP
 from . import pairs, split_k
 from .ahead import Variant
-from .config import Config, core_of, launch, tuned
+from .config import Config, core_of, launch, on_gpu, tuned
 from .epilogue import store
 from .tf32 import rounded
 
@@ -142,7 +142,7 @@ def run(
         gemm, (triton.cdiv(m, c["BLOCK_M"]) * triton.cdiv(n, c["BLOCK_N"]), split), config,
         taken, codes.view(torch.int8), scale, sums, *(ends if split == 1 else (None, None, None)), m, n, half, part_steps,
         FORM=form, SPLIT=split > 1, ACTIVATION=activation if split == 1 else "",
-        BLOCK_M=c["BLOCK_M"], BLOCK_N=c["BLOCK_N"], BLOCK_K=c["BLOCK_K"], GPU=x.is_cuda,
+        BLOCK_M=c["BLOCK_M"], BLOCK_N=c["BLOCK_N"], BLOCK_K=c["BLOCK_K"], GPU=on_gpu(x),
     )  # fmt: skip
     if split > 1:
         split_k.finish(sums, y.view(m, n), *ends, activation)

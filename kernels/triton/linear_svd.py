@@ -22,11 +22,11 @@ from ..gpu.core import Core
 from ..linear_svd import FLOAT_BITS
 from . import nibbles, split_k
 from .ahead import Variant
-from .config import Config, core_of, launch, tuned
+from .config import Config, core_of, launch, on_gpu, tuned
 from .epilogue import store
 from .tf32 import rounded
 
-PREPARE = Config("prepare", warps=4, stages=2)
+PREPARE = Config("prepare", warps=4, stages=4)
 
 
 @triton.jit
@@ -47,6 +47,7 @@ def prepare(
     GROUP: tl.constexpr,
     RANK: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Codes, steps, and a part of h down^T, for BLOCK_M tokens and the groups of one part."""
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -54,7 +55,8 @@ def prepare(
     inside = row < rows
     rank = tl.arange(0, RANK if RANK else 16)
     thin = tl.zeros((BLOCK_M, RANK if RANK else 16), tl.float32)
-    for group in range(part * part_groups, min(part * part_groups + part_groups, groups)):
+    last = min(part * part_groups + part_groups, groups)
+    for group in tl.range(part * part_groups, last, num_stages=STAGES):  # pyright: ignore[reportGeneralTypeIssues]
         column = group * GROUP + tl.arange(0, GROUP)
         whole = column < columns
         at = row.to(tl.int64)[:, None] * columns + column[None, :]
@@ -221,7 +223,7 @@ def run(
     launch(
         prepare, (triton.cdiv(m, c["ROWS"]), parts), PREPARE,
         rows, smooth, down if rank else None, integers, step, thin, m, k, groups, part_groups, shift,
-        TOP=largest(activation_bits, unsigned), UNSIGNED=unsigned, GROUP=group, RANK=rank, BLOCK_M=c["ROWS"],
+        TOP=largest(activation_bits, unsigned), UNSIGNED=unsigned, GROUP=group, RANK=rank, BLOCK_M=c["ROWS"], STAGES=PREPARE.stages,
     )  # fmt: skip
     split_groups = triton.cdiv(groups, c["SPLIT"])
     split = triton.cdiv(groups, split_groups)
@@ -233,7 +235,7 @@ def run(
         integers, step, thin, codes, scale, offset, up if rank else None, sums,
         *(ends if split == 1 else (None, None, None)), m, n, groups, split_groups, parts,
         BITS=bits, GROUP=group, RANK=rank, SPLIT=split, ACTIVATION=activation if split == 1 else "",
-        BLOCK_M=c["BLOCK_M"], BLOCK_N=c["BLOCK_N"], STAGES=config.stages, GPU=x.is_cuda,
+        BLOCK_M=c["BLOCK_M"], BLOCK_N=c["BLOCK_N"], STAGES=config.stages, GPU=on_gpu(x),
     )  # fmt: skip
     if split > 1:
         split_k.finish(sums, y.view(m, n), *ends, activation)
@@ -269,7 +271,7 @@ def default(core: Core, m: int, n: int, k: int, bits: int = 4, group: int = 64, 
     stages = min(stages, 2 if group > 128 else 3) if wide else stages
     tiles = triton.cdiv(m, block_m) * triton.cdiv(n, block_n)
     split = _fill(tiles, (4 if m <= 16 else 2) * core.multiprocessors, k // group // 4)
-    rows = 16 if m <= 256 else 32
+    rows = 16 if m <= 1024 else 32
     parts = _fill(triton.cdiv(m, rows), 2 * core.multiprocessors, triton.cdiv(k // group, 4 if m <= 64 else 16))
     constants = {"BLOCK_M": block_m, "BLOCK_N": block_n, "SPLIT": split, "ROWS": rows, "PARTS": parts}
     return Config("gemm", constants, warps, stages)
@@ -326,7 +328,7 @@ def variants(core: Core) -> list[Variant]:
         "x_ptr": "*bf16", "smooth_ptr": "*fp32", "down_ptr": "*fp16", "codes_ptr": "*i8", "step_ptr": "*fp32", "thin_ptr": "*fp32",
         "rows": "i32", "columns": "i32", "groups": "i32", "part_groups": "i32", "shift": "fp32",
     }  # fmt: skip
-    constants = {"TOP": 127, "UNSIGNED": False, "GROUP": 64, "RANK": 32, "BLOCK_M": rows}
+    constants = {"TOP": 127, "UNSIGNED": False, "GROUP": 64, "RANK": 32, "BLOCK_M": rows, "STAGES": PREPARE.stages}
     label = "a8 g64 rank 32, 1024 tokens"
     loose = ("rows", "groups", "part_groups")
     found.append(Variant("linear_svd", "prepare", types, constants, PREPARE.warps, PREPARE.stages, True, label, loose))

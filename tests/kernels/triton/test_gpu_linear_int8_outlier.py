@@ -8,6 +8,7 @@ from planish.kernels.gpu import linear_int8_outlier as gpu
 from planish.kernels.gpu.core import CORES
 from planish.kernels.gpu.op import Layer
 from planish.kernels.triton import linear_int8_outlier as kernel
+from planish.kernels.triton import record
 
 CORE = CORES["sm_90"]
 UNIT = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24}
@@ -146,6 +147,16 @@ def test_zero_tokens_equal_layers_and_refusal():
     assert op.refuses(made, CORE) is None
     wide = Layer("linear_int8_outlier", "wide", {"codes": torch.zeros(1, 1 << 18, dtype=torch.int8)}, {})
     assert "262144 input columns" in (op.refuses(wide, CORE) or "")
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_launches_can_be_recorded_and_carried_elsewhere(dynamic):
+    made, x = case(3, 300, 72, frozen=(5, 190), hot=(5, 190, 290), dynamic=dynamic)
+    names = [a.name for a in torch.ops.planish.gpu_linear_int8_outlier.default._schema.arguments]
+    given = dict(zip(names, (x.half(), *arguments(made), None, None, None, "relu"), strict=True))
+    program = record.record("linear_int8_outlier", kernel.run, given, CORE, interpreted=True)
+    for carried, run in zip(record.replay(program, given), kernel.run(*given.values()), strict=True):
+        assert torch.equal(carried, run)
 
 
 def test_configs_fit_every_core():

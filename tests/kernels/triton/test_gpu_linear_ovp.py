@@ -8,7 +8,7 @@ from planish.kernels.gpu.core import CORES
 from planish.kernels.gpu.op import Layer
 from planish.kernels.outlier_victim import codec
 from planish.kernels.triton import linear_ovp as kernel
-from planish.kernels.triton import nibbles, pairs
+from planish.kernels.triton import nibbles, pairs, record
 
 CORE = CORES["sm_90"]
 UNIT = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24}
@@ -183,6 +183,15 @@ def test_zero_tokens_equal_layers_and_refusal():
     assert op.refuses(made, CORE) is None
     other = Layer("linear_ovp", "layer", made.tensors, {**made.attributes, "x_bits": 6})
     assert "pairs of 6 bits" in (op.refuses(other, CORE) or "")
+
+
+def test_launches_can_be_recorded_and_carried_elsewhere():
+    made = layer(258, 72, (4, "int"), (4, "int"))
+    x = torch.randn(3, 258, generator=torch.Generator().manual_seed(3)).half()
+    names = [a.name for a in torch.ops.planish.gpu_linear_ovp.default._schema.arguments]
+    given = dict(zip(names, (x, *arguments(made), None, None, None, "relu"), strict=True))
+    program = record.record("linear_ovp", kernel.run, given, CORE, interpreted=True)
+    assert torch.equal(record.replay(program, given)[0], kernel.run(*given.values()))
 
 
 def test_configs_fit_every_core():

@@ -8,6 +8,7 @@ from planish.kernels.gpu.core import CORES
 from planish.kernels.gpu.op import Layer
 from planish.kernels.linear_wna16 import dequantize
 from planish.kernels.triton import linear_svd as kernel
+from planish.kernels.triton import record
 
 CORE = CORES["sm_90"]
 UNIT = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24}
@@ -125,6 +126,21 @@ def test_zero_rows_and_equal_layers():
     assert torch.equal(kernel.run(torch.zeros(3, 128).half(), *packed), torch.zeros(3, 48).half())
     again = gpu.LinearSvd().pack(layer(128, 48), CORE).tensors
     assert all(torch.equal(t, again[n]) for n, t in gpu.LinearSvd().pack(made, CORE).tensors.items())
+
+
+def test_scales_are_short_enough_for_the_fused_form_to_be_exact():
+    """The machine form takes 1.5 * 2^23 scale off in the multiply-add: that product must be a float32."""
+    scale = gpu.LinearSvd().pack(layer(512, 96), CORE).tensors["scale"]
+    assert torch.equal((scale * 12582912.0).double(), scale.double() * 12582912.0)
+
+
+def test_launches_can_be_recorded_and_carried_elsewhere():
+    made = layer(320, 80)
+    x = torch.randn(3, 320, generator=torch.Generator().manual_seed(3)).half()
+    names = [a.name for a in torch.ops.planish.gpu_linear_svd.default._schema.arguments]
+    given = dict(zip(names, (x, *arguments(made), None, None, None, "relu"), strict=True))
+    program = record.record("linear_svd", kernel.run, given, CORE, interpreted=True)
+    assert torch.equal(record.replay(program, given)[0], kernel.run(*given.values()))
 
 
 @pytest.mark.parametrize(
