@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Interpreter, Node
+from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves
 
 from ..common.errors import PlanishError
@@ -19,6 +20,8 @@ STORED_AS = ("_codes", "_scale", "_zero_point")
 
 SMALL = 1024
 """elements of a constant whose values shapes may depend on"""
+LARGEST = 1 << 22
+"""elements of a constant that is computed ahead"""
 FLOAT_OPS = ("planish.selective_scan", "planish.hadamard")
 """planish ops that compute in float, so that a model with them is not quantized yet"""
 
@@ -145,6 +148,32 @@ def stored(graph: GraphModule, node: object) -> torch.Tensor:
     source = node if is_constant(node) else node.args[0]
     assert isinstance(source, Node)
     return read(graph, source)
+
+
+def constant(graph: GraphModule, node: Node, dtype: torch.dtype | None = None) -> torch.Tensor | None:
+    """The tensor that a node gives in every run; None where inputs, sizes or chance decide, or where it is large.
+
+    Floating tensors are taken in `dtype`, where one is given, before anything is computed from them.
+    """
+    if is_constant(node):
+        value = read(graph, node)
+        return value.to(dtype) if dtype is not None and value.is_floating_point() else value
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        return None
+    if torch.Tag.nondeterministic_seeded in node.target.tags or node.target._schema.is_mutable:
+        return None
+    value = node.meta.get("val")
+    if (
+        not isinstance(value, torch.Tensor)
+        or not all(isinstance(d, int) for d in value.shape)
+        or value.numel() > LARGEST
+    ):
+        return None
+    inputs = {n: constant(graph, n, dtype) for n in node.all_input_nodes}
+    if any(v is None for v in inputs.values()):
+        return None
+    with torch.no_grad():
+        return node.target(*map_arg(node.args, inputs.__getitem__), **map_arg(node.kwargs, inputs.__getitem__))
 
 
 def store(graph: GraphModule, node: Node, index: int, name: str, new: torch.Tensor) -> None:

@@ -21,6 +21,7 @@ from torch.fx import GraphModule, Node
 from ...common.errors import PlanishError, listed
 from .. import layers
 from ..blocks import Block, Linear, calibrate, split
+from ..fold_affine import fold_affine
 from ..journal import Record
 from ..model import Entry, Model
 from ..moments import SAMPLE, Moments
@@ -166,8 +167,8 @@ class Linears(Chosen):
 
     def apply(self, model: Model, context: Context) -> Model:
         """Replace the chosen linears. Raises PlanishError when none is chosen and for weights that are not finite."""
+        model = fold_affine(model)
         wanted = self.wanted(model)
-        model = model.editable()
         entries = self._left(model, wanted)
         batches = self.batches(context, model) if self.reads_data() else []
 

@@ -14,8 +14,6 @@ from ..model import Entry
 
 aten = torch.ops.aten
 ELEMENTWISE = (aten.add.Tensor, aten.mul.Tensor)
-LARGEST = 1 << 22
-"""elements of a constant that is computed ahead"""
 
 
 def open_attention(module: GraphModule) -> None:
@@ -40,7 +38,7 @@ def fold_constants(module: GraphModule) -> None:
             if (
                 isinstance(source, Node)
                 and source.op == "call_function"
-                and (value := _value(module, source)) is not None
+                and (value := layers.constant(module, source)) is not None
             ):
                 with module.graph.inserting_before(node):
                     made = layers.add_parameter(module, _name(source), value)
@@ -54,28 +52,6 @@ def _name(node: Node) -> str:
     while source.all_input_nodes:
         source = source.all_input_nodes[0]
     return f"{source.target}_{node.name}" if is_constant(source) else f"constants.{node.name}"
-
-
-def _value(module: GraphModule, node: Node) -> torch.Tensor | None:
-    """The tensor that a node gives in every run; None where inputs, sizes or chance decide, or where it is large."""
-    if is_constant(node):
-        return layers.read(module, node)
-    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
-        return None
-    if torch.Tag.nondeterministic_seeded in node.target.tags or node.target._schema.is_mutable:
-        return None
-    value = node.meta.get("val")
-    if (
-        not isinstance(value, torch.Tensor)
-        or not all(isinstance(d, int) for d in value.shape)
-        or value.numel() > LARGEST
-    ):
-        return None
-    inputs = {n: _value(module, n) for n in node.all_input_nodes}
-    if any(v is None for v in inputs.values()):
-        return None
-    with torch.no_grad():
-        return node.target(*map_arg(node.args, inputs.__getitem__), **map_arg(node.kwargs, inputs.__getitem__))
 
 
 def quantize_constants(module: GraphModule, nodes: list[Node]) -> list[Entry]:

@@ -16,6 +16,7 @@ from torch.fx import Node
 
 from .. import foldings, layers
 from ..blocks import Block, Linear, calibrate
+from ..fold_affine import fold_affine
 from ..foldings import Folding
 from ..journal import Record
 from ..model import Entry, Model
@@ -41,8 +42,8 @@ class Scaling(Chosen):
 
     def apply(self, model: Model, context: Context) -> Model:
         """Scale the inputs of the chosen linears. Raises PlanishError when none is chosen and for weights that are not finite."""
+        model = fold_affine(model)
         wanted = self.wanted(model)
-        model = model.editable()
         sizes = foldings.concrete(model)
         found: list[tuple[Sequence[Linear], Folding, torch.Tensor, str]] = []
 

@@ -29,6 +29,7 @@ from ...common.progress import track
 from ...kernels import affine
 from .. import layers
 from ..fold import canonicalize, fold_batch_norm
+from ..fold_affine import fold_affine
 from ..layers import is_constant
 from ..model import Entry, Model
 from ..passes import Context, Pass, matches
@@ -135,7 +136,7 @@ class Static(Pass):
         def batches() -> list[tuple[torch.Tensor, ...]]:
             return list(data.batches(model, 64))
 
-        model = fold_batch_norm(canonicalize(model))
+        model = fold_affine(fold_batch_norm(canonicalize(model)))
         module = model.graph
         operands.open_attention(module)
         operands.fold_constants(module)
