@@ -1,7 +1,7 @@
 """SVDQuant in two kernels (kernels/gpu/linear_svd.py has the layouts and the numbers), a third where few tokens split the columns.
 
 `prepare`: a block of tokens walks over groups of columns; a group's maximum is all that its codes need, so x is read once, and the thin
-product grows in tensor cores beside it. Where tokens are few the groups are dealt to several blocks, and each writes its own part of thin.
+product grows in tensor cores beside it. Where blocks would be few the groups are dealt to several, and each writes its own part of thin.
 
 `gemm`: tiles are transposed, (outputs, tokens): the weights, unpacked in registers, are the left operand, which tensor cores take from
 registers, and few tokens make a narrow tile. Each group's int32 sums begin at the bits of 1.5 * 2^23, so that they are read as float32
@@ -27,6 +27,8 @@ from .epilogue import store
 from .tf32 import rounded
 
 PREPARE = Config("prepare", warps=4, stages=4)
+DIRECT = 256
+"""rows of parts of thin that a tile of `gemm` adds up itself; beyond it they are added up once, before"""
 
 
 @triton.jit
@@ -115,10 +117,10 @@ def gemm(
     columns,
     groups,
     part_groups,
-    parts,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
     RANK: tl.constexpr,
+    PARTS: tl.constexpr,  # of thin
     SPLIT: tl.constexpr,
     ACTIVATION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -139,7 +141,7 @@ def gemm(
         if part == 0:
             rank = tl.arange(0, RANK)
             thin = tl.zeros((RANK, BLOCK_M), tl.float32)
-            for p in range(parts):
+            for p in tl.static_range(PARTS):  # pyright: ignore[reportGeneralTypeIssues]
                 at = (p * rows + row).to(tl.int64)[None, :] * RANK + rank[:, None]
                 thin += tl.load(thin_ptr + at, inside[None, :], 0.0)
             up = tl.load(up_ptr + column[:, None] * RANK + rank[None, :], real[:, None], 0.0)  # (BLOCK_N, RANK)
@@ -225,6 +227,10 @@ def run(
         rows, smooth, down if rank else None, integers, step, thin, m, k, groups, part_groups, shift,
         TOP=largest(activation_bits, unsigned), UNSIGNED=unsigned, GROUP=group, RANK=rank, BLOCK_M=c["ROWS"], STAGES=PREPARE.stages,
     )  # fmt: skip
+    if thin is not None and parts > 1 and parts * c["BLOCK_M"] > DIRECT:
+        whole = torch.empty((m, rank), dtype=torch.float32, device=x.device)
+        split_k.finish(thin, whole, None, None, None, "")
+        thin, parts = whole, 1
     split_groups = triton.cdiv(groups, c["SPLIT"])
     split = triton.cdiv(groups, split_groups)
     sums = y if split == 1 else torch.empty((split, m, n), dtype=torch.float32, device=x.device)
@@ -233,8 +239,8 @@ def run(
     launch(
         gemm, (tiles, split), config,
         integers, step, thin, codes, scale, offset, up if rank else None, sums,
-        *(ends if split == 1 else (None, None, None)), m, n, groups, split_groups, parts,
-        BITS=bits, GROUP=group, RANK=rank, SPLIT=split, ACTIVATION=activation if split == 1 else "",
+        *(ends if split == 1 else (None, None, None)), m, n, groups, split_groups,
+        BITS=bits, GROUP=group, RANK=rank, PARTS=parts, SPLIT=split, ACTIVATION=activation if split == 1 else "",
         BLOCK_M=c["BLOCK_M"], BLOCK_N=c["BLOCK_N"], STAGES=config.stages, GPU=on_gpu(x),
     )  # fmt: skip
     if split > 1:
@@ -271,8 +277,8 @@ def default(core: Core, m: int, n: int, k: int, bits: int = 4, group: int = 64, 
     stages = min(stages, 2 if group > 128 else 3) if wide else stages
     tiles = triton.cdiv(m, block_m) * triton.cdiv(n, block_n)
     split = _fill(tiles, (4 if m <= 16 else 2) * core.multiprocessors, k // group // 4)
-    rows = 16 if m <= 1024 else 32
-    parts = _fill(triton.cdiv(m, rows), 2 * core.multiprocessors, triton.cdiv(k // group, 4 if m <= 64 else 16))
+    rows = 16 if m <= 512 else 32 if m <= 2048 else 64
+    parts = _fill(triton.cdiv(m, rows), 2 * core.multiprocessors, k // group // 4)
     constants = {"BLOCK_M": block_m, "BLOCK_N": block_n, "SPLIT": split, "ROWS": rows, "PARTS": parts}
     return Config("gemm", constants, warps, stages)
 
@@ -310,17 +316,17 @@ def variants(core: Core) -> list[Variant]:
         c, floats = config.constants, activation_bits == FLOAT_BITS
         types = {
             "x_ptr": "*bf16" if floats else "*i8", "thin_ptr": "*fp32", "codes_ptr": "*i8", "scale_ptr": "*fp32", "up_ptr": "*fp16",
-            "y_ptr": "*bf16" if c["SPLIT"] == 1 else "*fp32", "rows": "i32", "columns": "i32", "groups": "i32", "part_groups": "i32", "parts": "i32",
+            "y_ptr": "*bf16" if c["SPLIT"] == 1 else "*fp32", "rows": "i32", "columns": "i32", "groups": "i32", "part_groups": "i32",
         }  # fmt: skip
         constants = {
             "offset_ptr": None, "bias_ptr": None, "factor_ptr": None, "residual_ptr": None, "BITS": bits, "GROUP": 64, "RANK": 32,
-            "SPLIT": c["SPLIT"], "ACTIVATION": "", "BLOCK_M": c["BLOCK_M"], "BLOCK_N": c["BLOCK_N"], "STAGES": config.stages, "GPU": True,
+            "PARTS": c["PARTS"] if c["PARTS"] * c["BLOCK_M"] <= DIRECT else 1, "SPLIT": c["SPLIT"], "ACTIVATION": "", "BLOCK_M": c["BLOCK_M"], "BLOCK_N": c["BLOCK_N"], "STAGES": config.stages, "GPU": True,
         }  # fmt: skip
         if floats:
             constants["step_ptr"] = None
         else:
             types["step_ptr"] = "*fp32"
-        loose = ("rows", "groups", "part_groups", "parts")
+        loose = ("rows", "groups", "part_groups")
         label = f"w{bits}a{activation_bits} g64 rank 32, {m} tokens"
         found.append(Variant("linear_svd", "gemm", types, constants, config.warps, config.stages, True, label, loose))
     rows = default(core, 1024, 4096, 4096).constants["ROWS"]

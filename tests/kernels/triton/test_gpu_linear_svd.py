@@ -109,6 +109,7 @@ def test_the_end_is_fused_and_any_leading_shape_is_taken():
 
 @pytest.mark.parametrize("split", [1, 2, 8])
 def test_parts_of_the_sums_change_nothing_but_rounding_and_repeat_exactly(monkeypatch, split):
+    monkeypatch.setattr(kernel, "DIRECT", 32)
     made = layer(320, 80)
     x = torch.randn(3, 320, generator=torch.Generator().manual_seed(3))
     packed = (*arguments(made), None, None, None, "relu")
