@@ -22,11 +22,12 @@ from ...common.errors import PlanishError
 from ..gpu.core import Core
 from . import cache_codes, rotary
 from .ahead import Variant
-from .config import Config, core_of, launch, tuned
+from .config import Config, core_of, launch, on_gpu, tuned
 from .kv_write import angle_step, check, in_rows, padded, types
 
 LOG2E = math.log2(math.e)
 LOWEST = tl.constexpr(-1e30)  # of a row that has seen nothing: finite, so that differences are
+WIDE = tl.constexpr(16)  # features that a thread loads at once: a tile of that third dimension gets copies of 16 bytes
 WIDEST = 64
 """most parts"""
 WAVES = 2
@@ -68,6 +69,7 @@ def attend(
     BM: tl.constexpr,
     BN: tl.constexpr,
     PARTS: tl.constexpr,
+    GPU: tl.constexpr,
 ):
     """Grid: row blocks, PARTS, batch * kv_heads."""
     part, pair = tl.program_id(1), tl.program_id(2)
@@ -94,9 +96,8 @@ def attend(
         operand = query.to(key_cache_ptr.dtype.element_ty)  # (BM, P)
         steps = tl.full((BM, 1), steps, tl.float32)
     else:
-        largest = tl.max(tl.abs(query), 1, keep_dims=True)
-        largest = tl.where(largest > 0, largest, 1.0)
-        operand = (query / largest).to(tl.float16)
+        largest = tl.maximum(tl.max(tl.abs(query), 1, keep_dims=True), cache_codes.LEAST)
+        operand = (query * (1.0 / largest)).to(tl.float16)
         steps = steps * largest
     first = pair.to(tl.int64) * capacity
     key_cache_ptr += first * SIZE
@@ -108,40 +109,44 @@ def attend(
     most = tl.full((BM,), LOWEST, tl.float32)
     total = tl.zeros((BM,), tl.float32)
     mixed = tl.zeros((BM, P), tl.float32)
+    unit = tl.full((), cache_codes.LEAST, tl.float32)  # what `mixed` is in: the largest scale of a value so far
     for start in range(low, free, BN):
-        most, total, mixed = _step(
-            operand, steps, seen, start, high, most, total, mixed, key_cache_ptr, key_scale_ptr, value_cache_ptr, value_scale_ptr,
-            column, False, FORMAT, SIZE, BN,  # pyright: ignore[reportArgumentType]
+        most, total, mixed, unit = _step(
+            operand, steps, seen, start, high, most, total, mixed, unit, key_cache_ptr, key_scale_ptr, value_cache_ptr, value_scale_ptr,
+            False, FORMAT, SIZE, P, BN, GPU,  # pyright: ignore[reportArgumentType]
         )  # fmt: skip
     for start in range(free, high, BN):
-        most, total, mixed = _step(
-            operand, steps, seen, start, high, most, total, mixed, key_cache_ptr, key_scale_ptr, value_cache_ptr, value_scale_ptr,
-            column, True, FORMAT, SIZE, BN,  # pyright: ignore[reportArgumentType]
+        most, total, mixed, unit = _step(
+            operand, steps, seen, start, high, most, total, mixed, unit, key_cache_ptr, key_scale_ptr, value_cache_ptr, value_scale_ptr,
+            True, FORMAT, SIZE, P, BN, GPU,  # pyright: ignore[reportArgumentType]
         )  # fmt: skip
 
+    if FORMAT != "none":
+        mixed *= unit * cache_codes.factor(FORMAT)
     within = inside & (column < SIZE)
     if PARTS == 1:
         at = ((batch.to(tl.int64) * tokens + token) * kv_heads + head) * GROUP + row % GROUP
-        mixed = mixed * cache_codes.factor(FORMAT) / total[:, None]
+        mixed = mixed / total[:, None]
         tl.store(y_ptr + at * SIZE + column, mixed.to(y_ptr.dtype.element_ty), within)
     else:
         at = (pair.to(tl.int64) * PARTS + part) * (tokens * GROUP) + row
-        tl.store(y_ptr + at * SIZE + column, mixed * cache_codes.factor(FORMAT), within)
+        tl.store(y_ptr + at * SIZE + column, mixed, within)
         tl.store(state_ptr + 2 * at, most[:, None], inside)
         tl.store(state_ptr + 2 * at + 1, total[:, None], inside)
 
 
 @triton.jit
 def _step(
-    operand, steps, seen, start, high, most, total, mixed, key_cache_ptr, key_scale_ptr, value_cache_ptr, value_scale_ptr,
-    column, MASKED: tl.constexpr, FORMAT: tl.constexpr, SIZE: tl.constexpr, BN: tl.constexpr,
+    operand, steps, seen, start, high, most, total, mixed, unit, key_cache_ptr, key_scale_ptr, value_cache_ptr, value_scale_ptr,
+    MASKED: tl.constexpr, FORMAT: tl.constexpr, SIZE: tl.constexpr, P: tl.constexpr, BN: tl.constexpr, GPU: tl.constexpr,
 ):  # fmt: skip
-    """One tile of keys and values: the new (m, l, sum). `steps` (BM, 1) is what scores are multiplied by, besides the keys' scales."""
+    """One tile of keys and values: the new (m, l, sum, its unit). `steps` (BM, 1) is what scores are multiplied by, besides the keys' scales."""
     place = start + tl.arange(0, BN)  # (BN,)
     here = (place < high) if MASKED else (place >= 0)
-    at, within = place.to(tl.int64)[:, None] * SIZE + column, here[:, None] & (column < SIZE)
-    codes = tl.load(key_cache_ptr + at, within, 0)  # (BN, P)
-    key = codes if FORMAT == "none" else cache_codes.decode(codes, FORMAT)
+    feature = tl.arange(0, P // WIDE)[None, :, None] * WIDE + tl.arange(0, WIDE)[None, None, :]  # (1, P / WIDE, WIDE)
+    at, within = place.to(tl.int64)[:, None, None] * SIZE + feature, here[:, None, None] & (feature < SIZE)
+    codes = tl.load(key_cache_ptr + at, within, 0)  # (BN, P / WIDE, WIDE)
+    key = tl.reshape(codes if FORMAT == "none" else cache_codes.decode(codes, FORMAT, GPU, True), (BN, P))  # pyright: ignore[reportArgumentType]
     scores = tl.dot(operand, tl.trans(key), input_precision="ieee") * steps  # (BM, BN)
     if FORMAT != "none":
         scores *= tl.load(key_scale_ptr + place, here, 0.0)[None, :]
@@ -152,15 +157,17 @@ def _step(
     before = tl.exp2(most - new)
     total = total * before + tl.sum(weights, 1)
     codes = tl.load(value_cache_ptr + at, within, 0)
+    value = tl.reshape(codes if FORMAT == "none" else cache_codes.decode(codes, FORMAT, GPU, False), (BN, P))  # pyright: ignore[reportArgumentType]
     if FORMAT == "none":
-        mixed = tl.dot(weights.to(codes.dtype), codes, mixed * before[:, None], input_precision="ieee")
+        mixed = tl.dot(weights.to(codes.dtype), value, mixed * before[:, None], input_precision="ieee")
     else:
         scale = tl.load(value_scale_ptr + place, here, 0.0)
-        largest = tl.max(scale, 0)
+        largest = tl.maximum(unit, tl.max(scale, 0))
         weights = (weights * (scale / largest)[None, :]).to(tl.float16)
-        found = tl.dot(weights, cache_codes.decode(codes, FORMAT))  # (BM, P)
-        mixed = mixed * before[:, None] + found * largest
-    return new, total, mixed
+        mixed = mixed * (before * (unit / largest))[:, None]
+        mixed = tl.dot(weights, value, mixed)  # (BM, P)
+        unit = largest
+    return new, total, mixed, unit
 
 
 @triton.jit
@@ -249,6 +256,7 @@ def run(
         ROTARY=0 if cos is None else cos.shape[-1],
         **shape,
         **config.constants,
+        GPU=on_gpu(query),
     )
     if parts > 1:
         joined = {"BN": config.constants["BN"], "PARTS": parts}
@@ -271,19 +279,22 @@ def choose(
 def default(
     core: Core, batch: int, tokens: int, heads: int, kv_heads: int, size: int, capacity: int, format: str
 ) -> Config:
-    """Rows in one block as far as 64 go; as many parts as fill the device twice, each of two tiles at least."""
+    """Rows in one block as far as 64 go; as many parts as fill the device twice, each of two tiles at least.
+
+    A warp of the older tensor cores holds its operands in registers, and for a prompt all of a tile: eight warps share it there.
+    """
     rows, wide = tokens * (heads // kv_heads), padded(size) > 128
     block = min(64, max(16, triton.next_power_of_2(rows)))
-    tile = 32 if wide or format == "none" or (block == 64 and not core.warp_groups) else 64
+    tile, warps = 32 if wide or format == "none" else 64, 4
+    if block == 64 and (wide or not core.warp_groups):
+        warps = 8
+        if not core.warp_groups:
+            block, tile = 32 if wide else 64, 64
     blocks = batch * kv_heads * triton.cdiv(rows, block)
     parts = triton.next_power_of_2(max(1, WAVES * core.multiprocessors // blocks))
     parts = min(parts, WIDEST, triton.next_power_of_2(triton.cdiv(capacity, 2 * tile)))
-    return Config(
-        "split" if parts > 1 else "whole",
-        {"BM": block, "BN": tile, "PARTS": parts},
-        8 if wide and block > 32 else 4,
-        3 if core.shared_bytes > 120_000 and not wide else 2,
-    )
+    stages = 3 if core.shared_bytes > 120_000 and not wide and block < 64 else 2
+    return Config("split" if parts > 1 else "whole", {"BM": block, "BN": tile, "PARTS": parts}, warps, stages)
 
 
 def candidates(
@@ -337,7 +348,14 @@ def variants(core: Core) -> list[Variant]:
             given["state_ptr"] = "*fp32"
         else:
             absent["state_ptr"] = None
-        shape = {"FORMAT": format, "SIZE": size, "ROTARY": size if rotates else 0, "P": padded(size), "GROUP": 4}
+        shape = {
+            "FORMAT": format,
+            "SIZE": size,
+            "ROTARY": size if rotates else 0,
+            "P": padded(size),
+            "GROUP": 4,
+            "GPU": True,
+        }
         found.append(
             Variant(
                 "attention_decode",
