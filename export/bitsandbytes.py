@@ -16,7 +16,7 @@ bitsandbytes cannot hold
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -110,11 +110,16 @@ def _dtype(content: Mapping[str, Any]) -> str:
 
 def _untied(module: torch.nn.Module, written: set[str]) -> dict[str, Any]:
     """What config.json must say besides when a head that shared the embedding's table has weights of its own now."""
-    tied: dict[int, list[str]] = {}
-    for name, parameter in module.named_parameters(remove_duplicate=False):
-        tied.setdefault(id(parameter), []).append(name)
-    apart = any(len(written.intersection(names)) > 1 for names in tied.values())
+    apart = any(len(written.intersection(names)) > 1 for names in _tied(module))
     return {"tie_word_embeddings": False} if apart else {}
+
+
+def _tied(module: torch.nn.Module) -> list[list[str]]:
+    """The names of each parameter."""
+    found: dict[int, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        found.setdefault(id(parameter), []).append(name)
+    return list(found.values())
 
 
 def _quantization(
@@ -155,13 +160,13 @@ def _quantization(
 
 def _coded(model: Model, module: torch.nn.Module) -> dict[str, Node]:
     """The nodes that are linears in a form of bitsandbytes, by layer. Raises PlanishError for a planish op in another form."""
-    known = stored.linears(module)
+    known, tied = stored.linears(module), _tied(module)
     found: dict[str, Node] = {}
     for node in model.graph.graph.nodes:
         op = layers.op(node)
         if not op.startswith("planish."):
             continue
-        layer = layers.layer(node)
+        layer = _linear(layers.layer(node), known, tied)
         fault = _fault(model, node)
         if fault is None and layer not in known:
             fault = "is no linear of its architecture"
@@ -171,6 +176,12 @@ def _coded(model: Model, module: torch.nn.Module) -> dict[str, Node]:
     if not found:
         raise PlanishError(f"'{model.source}' has no layer in low bits; format 'bitsandbytes' takes {ACCEPTED}")
     return found
+
+
+def _linear(layer: str, known: Mapping[str, object], tied: Sequence[Sequence[str]]) -> str:
+    """The name of a linear; codes of a head that was tied are named after the embedding whose table it read."""
+    shared = [n.removesuffix(".weight") for names in tied for n in names if f"{layer}.weight" in names]
+    return layer if layer in known else next((n for n in shared if n in known), layer)
 
 
 def _fault(model: Model, node: Node) -> str | None:
@@ -218,7 +229,9 @@ def _others(model: Model, module: torch.nn.Module, coded: Mapping[str, Node]) ->
     read = {str(n.target): layers.read(graph, n) for n in graph.graph.nodes if n.op == "get_attr"}
     extra = [n for n, _ in graph.named_parameters() if n not in wanted]
     present = {id(t) for n, t in wanted.items() if n in read}
-    lacking = [n for n, t in wanted.items() if isinstance(t, torch.nn.Parameter) and n not in read and id(t) not in present]  # fmt: skip
+    absent = [n for n, t in wanted.items() if isinstance(t, torch.nn.Parameter) and n not in read and id(t) not in present]  # fmt: skip
+    neutral = {n: _neutral(n, wanted[n]) for n in absent if wanted[n].ndim == 1}
+    lacking = [n for n in absent if n not in neutral]
     other = [n for n, t in wanted.items() if n in read and read[n].shape != t.shape]
     faults = [
         f"{len(names)} {what}: {listed(names)}"
@@ -230,7 +243,12 @@ def _others(model: Model, module: torch.nn.Module, coded: Mapping[str, Node]) ->
             f"'{model.source}' has other parameters than its architecture in transformers, which a bitsandbytes folder is read with: {'; '.join(faults)}"
         )
     buffers = {n: t.detach() for n, t in wanted.items() if n not in read and not isinstance(t, torch.nn.Parameter)}
-    return buffers | {n: read[n].contiguous() for n in wanted if n in read}
+    return buffers | neutral | {n: read[n].contiguous() for n in wanted if n in read}
+
+
+def _neutral(name: str, like: torch.Tensor) -> torch.Tensor:
+    """A gain of 1 or a shift of 0 for a norm whose own was folded into the next layers; `_checked` finds where that is not so."""
+    return torch.full(like.shape, 0.0 if name.endswith("bias") else 1.0)
 
 
 # ---- what the folder gives
