@@ -15,7 +15,7 @@ Stored, with `wide` = in filled up with zeros to a multiple of 128:
 
 All of them are absent where there are no frozen columns; the last two also for a dynamic layer without exact weights, which reads codes.
 
-Numbers. Codes are round(x (127 / c)) in float32, one code beside the definition's only where the quotient lies within 2^-22 of a tie. int8 sums
+Numbers. Codes are round(x (127 / c)) in float32, one code beside the definition's only where the quotient lies within 2^-15 of a tie. int8 sums
 are int32 and exact. In the second loop x, thick and codes are exact in TF32 (float32 x is rounded to it), sums float32. So y is within
 
     2^-22 S + (k + 2) 2^-24 B + (one step of each code near a tie) + half a unit of y's type

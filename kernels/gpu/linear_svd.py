@@ -14,8 +14,8 @@ Stored, with groups = ceil(in / group) and r the rank, filled up with zeros to a
             a group's stored values, where the sums begin
     smooth  (in,) float32;  down (r, in) float16;  up (out, r) float16
 
-Numbers. Codes are round(h (top / max)), half to even, in float32: one code beside the definition's where its quotient lies within 2^-20 of
-a tie. Products of codes are int32 and exact; their sum over groups is float32. In the branch h and thin are rounded to TF32, down and up
+Numbers. Codes are round(h (top / max)), half to even, in float32: one code beside the definition's where its quotient lies within 2^-20 top
+of a tie. Products of codes are int32 and exact; their sum over groups is float32. In the branch h and thin are rounded to TF32, down and up
 are exact in it, sums are float32. So y is within
 
     (groups + 12) 2^-24 S + (2^-10 + in 2^-24) B + (one step of each code near a tie) + half a unit of y's type
@@ -24,9 +24,10 @@ of the float64 value, S = sum over groups of |Q(h)| |R|^T, B = |h| |down|^T |up|
 for float32): a further half unit of that type times S.
 
 Cost of rank 32 beside K columns and N rows at T tokens: kernel 1 does 2 T K 32 operations more, kernel 2 2 T N 32 (TF32), against
-2 T K N int8 ones. At K = N = 4096 that is 0.78 % each, 6 % together in int8 time, as TF32 runs at a quarter of int8's rate; but kernel 1
-waits for memory, and its share hides there. Bytes: float16 factors add 32 (K + N) 2 = 0.5 MB to 8.4 + 1.0 MB of codes and scales (5.6 %);
-thin adds 8 T 32 to T (2 K + 2 K + 2 N).
+2 T K N int8 ones. At K = N = 4096 each is 0.78 % of them, 3.1 % of int8's time, as TF32 runs at a quarter of its rate; kernel 1 waits for
+memory, though, so its share hides there. Bytes: the float16 factors add 64 (K + N), 0.5 MB to 8.4 MB of codes and 1.0 MB of scales (5.6 %).
+Thin takes 128 P bytes a token in P parts, written once and read once (more than 2 parts at many tokens: added up by a third, short launch),
+beside 2 K + 1.06 K of x and its codes.
 """
 
 from __future__ import annotations
