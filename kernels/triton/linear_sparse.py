@@ -37,6 +37,8 @@ from .tf32 import rounded
 EXPAND, HARDWARE = "expand", "hardware"
 MANY = 64
 """tokens beyond which time is products rather than bytes"""
+AMPLE = 1 << 17
+"""bytes of shared memory that hold enough programs with three stages"""
 FINISH = Config("finish", {"BM": 4, "BN": 256}, warps=4, stages=2)
 
 
@@ -368,14 +370,16 @@ def default(
     tile, warps = _tile(core, m, bits, dtype)
     tiles = triton.cdiv(n, tile["BN"]) * triton.cdiv(m, tile["BM"])
     units = triton.cdiv(k, UNIT)
-    wanted = 2 * core.multiprocessors if m <= MANY else core.multiprocessors
+    few = m <= MANY
+    wanted = core.multiprocessors * (8 // warps if few else 1)  # programs: eight warps a core hide what each waits for
     split = max(1, min(wanted // tiles, units // 2, 16))
-    return Config(EXPAND, {**tile, "SPLIT": split}, warps, 3 if m <= MANY else 2)
+    return Config(EXPAND, {**tile, "SPLIT": split}, warps, 3 if few and core.shared_bytes > AMPLE else 2)
 
 
 def _tile(core: Core, m: int, bits: int, dtype: torch.dtype) -> tuple[dict[str, int], int]:
     """(tile, warps): two warps multiply without the barriers that groups of four need on Hopper."""
-    if dtype == torch.float32:
+    widens = bits == 8 and dtype != torch.int8  # needs more registers
+    if dtype == torch.float32 or (widens and m <= 16):
         return {"BN": 32, "BM": 16}, 2
     if m <= 16:
         return {"BN": 64, "BM": 16}, 2

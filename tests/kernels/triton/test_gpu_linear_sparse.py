@@ -14,6 +14,7 @@ from planish.kernels.gpu.op import Layer, Packed
 
 pytest.importorskip("triton", reason="triton is not installed")
 from planish.kernels.triton import linear_sparse as kernel
+from planish.kernels.triton import linear_sparse_int8, record
 from planish.kernels.triton.config import Config
 
 CORE = CORES["sm_90"]
@@ -128,8 +129,6 @@ def test_two_nodes_give_what_the_one_gives() -> None:
     product = getattr(torch.ops.planish, f"gpu_{p.split.product}")
     two = product(codes, step, t["values"], t["positions"], t["scale"], "bfloat16", None, None, None, "")
     assert torch.equal(two, call(torch.ops.planish.gpu_linear_sparse, x, p))
-    from planish.kernels.triton import linear_sparse_int8
-
     got = linear_sparse_int8.run(codes, step, t["values"], t["positions"], t["scale"], "bfloat16", None, None, None, "")
     assert torch.equal(got, call(kernel.run, x, p))
 
@@ -142,6 +141,21 @@ def test_the_sum_of_parts_does_not_depend_on_how_it_is_split(monkeypatch: pytest
         monkeypatch.setattr(kernel, "choose", lambda *_, config=config: config)
         results.append(call(kernel.run, x, p, activation="relu"))
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+def test_launches_can_be_recorded_and_carried_elsewhere() -> None:
+    p, x = packed(layer(24, 520, 16, 16)), tokens(3, 520, torch.float16)
+    t, ends = p.tensors, (None, None, None, "relu")
+    codes = torch.randint(-127, 128, (3, 768), generator=torch.Generator().manual_seed(0)).to(torch.int8)
+    whole = packed(layer(24, 520, 8, 8)).tensors
+    for op_name, run, values in (
+        ("linear_sparse", kernel.run, (x, t["values"], t["positions"], None, 16, 16, *ends)),
+        ("linear_sparse_int8", linear_sparse_int8.run, (codes, torch.rand(3, 1), *whole.values(), "float16", *ends)),
+    ):
+        names = [a.name for a in getattr(torch.ops.planish, f"gpu_{op_name}").default._schema.arguments]
+        given = dict(zip(names, values, strict=True))
+        program = record.record(op_name, run, given, CORE, interpreted=True)
+        assert torch.equal(record.replay(program, given)[0], run(*values))
 
 
 def test_sparse_tensor_cores_serve_many_tokens_where_they_can() -> None:
