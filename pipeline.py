@@ -769,12 +769,12 @@ def _whole(folder: Path) -> tuple[Artifact, dict[str, bool]]:
 
 
 def _default_runtime(item: Artifact) -> str:
-    """The target's own runtime; for an artifact in another format than the target's usual one, the first that runs it."""
+    """The target's own runtime; for an artifact in another format than the target's usual one, the format's own, else the first that runs it."""
     able = [n for n, kind in plugins.find(f"{__package__}.runtimes", Runtime).items() if item.format in kind.formats]
     usual = targets.load(item.target).runtime
     if not able:
         raise PlanishError(f"artifact '{item.folder}' has format '{item.format}', which no runtime here runs")
-    return usual if usual in able else able[0]
+    return next(n for n in (usual, item.format, able[0]) if n in able)
 
 
 def _fitting(item: Artifact, data: Data) -> Data:

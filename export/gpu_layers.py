@@ -19,8 +19,9 @@ from ..kernels.gpu.op import Layer, Packed, Split
 QUANTIZE = "gpu_quantize_tokens"
 UNUSED = {"residual": None, "weight": None, "bias": None, "smooth": None, "signs": None, "norm": "", "eps": 0.0, "block": 0, "keep": False}  # fmt: skip
 """arguments of gpu_quantize_tokens that only quantizes"""
-FLOAT = ("planish.hadamard", "planish.selective_scan", "planish.kv_cache")
-"""planish ops that quantize no layer: without a GPU form they stay as they are"""
+APART = ("planish.hadamard", "planish.kv_cache", "planish.quantize")
+"""planish ops that are no layers of their own"""
+PAIR = "static integers (quantize/dequantize pairs) are not fused here; --format onnx runs them, or compress with w8-dynamic"
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,13 @@ def sort(model: Model, core: Core) -> Sorted:
     left: list[tuple[str, str]] = []
     for node in model.graph.graph.nodes:
         kind = layers.op(node)
-        if not kind.startswith("planish.") or is_gpu(node) or kind in FLOAT:
+        if not kind.startswith("planish.") or is_gpu(node) or kind in APART:
             continue
         name = kind.removeprefix("planish.")
+        if name == "dequantize":  # the pair of an activation belongs to the layer whose weight has one too
+            if isinstance(node.args[0], Node) and node.args[0].op == "get_attr":
+                left.append((_owner(node.args[0]), PAIR))
+            continue
         layer = described(model.graph, node)
         reason = kinds[name].refuses(layer, core) if name in kinds else f"there is no GPU kernel for {name} yet"
         if reason is None and len(_returns(f"gpu_{name}")) < sum(bool(u.users) for u in _parts(node)):
@@ -62,6 +67,17 @@ def sort(model: Model, core: Core) -> Sorted:
         else:
             left.append((layer.name, reason))
     return Sorted(fused, tuple(left))
+
+
+def _owner(codes: Node) -> str:
+    """The layer whose weight has these codes."""
+    return str(codes.target).rpartition(".")[0] or str(codes.target)
+
+
+def unfused(model: Model) -> tuple[tuple[str, str], ...]:
+    """(layer, reason) of rotations that no rounding has taken over."""
+    rotations = (n for n in model.graph.graph.nodes if layers.op(n) == "planish.hadamard")
+    return tuple((n.name, "this rotation stands before no rounding that would take it over") for n in rotations)
 
 
 def described(module: GraphModule, node: Node) -> Layer:

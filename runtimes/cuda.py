@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -12,6 +11,7 @@ import torch
 from torch.fx.node import map_aggregate
 
 from ..common.errors import PlanishError, missing_extra
+from ..common.progress import say
 from ..compress import layers, program_file
 from ..compress.model import Model, from_program, predict
 from ..export.artifact import Artifact
@@ -89,7 +89,7 @@ def read(artifact: Artifact) -> Model:
 
 def on(model: Model, device: torch.device) -> Model:
     """A copy of the model whose constants live on `device`, and whose ops make their tensors there."""
-    made = replace(model, graph=copy.copy(model.graph), mapped=()).editable()
+    made = replace(model.editable(), mapped=())
     graph = made.graph.graph
     for node in list(graph.nodes):
         if layers.op(node) in CHECKS:
@@ -120,7 +120,11 @@ class CudaSession(Session):
         """Decoding with keys and values that stay where they are, each token one replay of a CUDA graph; None for a model without."""
         if not self.artifact.manifest.get("states"):
             return None
-        program = cuda_decode.static(self.model)
+        try:
+            program = cuda_decode.static(self.model)
+        except PlanishError as error:
+            say(f"no CUDA graph for decoding, so every token is read with its whole past: {error}")
+            return None
         with cuda_device.bounded(f"the keys and values of {capacity} tokens"):
             return cuda_decode.Decoder(program, capacity, self.device, lambda step: cuda_device.Captured(step).replay)
 
@@ -143,7 +147,7 @@ class CudaSession(Session):
                 cuda_device.product_rate(torch.int8),
             )
             kernels = grouped(cuda_device.kernels(once))
-            needed = work(self.model, [x.cpu() for x in feeds])
+            needed = work(read(self.artifact), [x.cpu() for x in feeds])  # shapes alone: no device takes part
             language = self._language(runs) if self.artifact.manifest.get("states") else {}
         return Profile(
             target=self.artifact.target,

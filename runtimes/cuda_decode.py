@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from ..common.errors import PlanishError
 from ..compress import kv_caches, layers
 from ..compress.model import Model
-from ..export import gpu_layers
+from ..export import gpu_layers, gpu_rotary
 from ..export.gpu_precision import CASTS
 from ..kernels.gpu import kv_write
 
@@ -100,8 +100,8 @@ def static(model: Model) -> Static:
         given = dict(zip(("key_cache", "key_scale", "value_cache", "value_scale"), own, strict=True))
         given |= {"length": length, "format": cached.key.format}
         with graph.inserting_before(attends.mixed):
-            gpu_layers.call(model.graph, "gpu_kv_write", {**given, "key": key, "value": value})
-            reading = {**given, "query": attends.query, "scale": attends.scale}
+            gpu_layers.call(model.graph, "gpu_kv_write", {**given, **_turned("key", key), "value": value})
+            reading = {**given, **_turned("query", attends.query), "scale": attends.scale}
             made = gpu_layers.call(model.graph, "gpu_attention_decode", reading)
         attends.mixed.replace_all_uses_with(made)
         graph.erase_node(attends.mixed)
@@ -138,6 +138,12 @@ def _unrounded(node: Node) -> Node:
     source = node.args[0] if layers.op(node) == kv_caches.OP else node
     assert isinstance(source, Node)
     return source
+
+
+def _turned(name: str, node: Node) -> dict[str, Node]:
+    """Keys or queries for a kernel, which turns them itself where a rotary embedding makes them."""
+    found = gpu_rotary.find(node)
+    return {name: node} if found is None else {name: found.x, "cos": found.cos, "sin": found.sin}
 
 
 def _count_from(model: Model, found: list[kv_caches.Cached], length: Node) -> None:

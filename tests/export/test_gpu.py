@@ -27,7 +27,7 @@ HOPPER = CORES["sm_90"]
 KINDS = (torch.bfloat16, torch.float16)
 
 
-def quantized(model, *steps):
+def applied(model, *steps):
     context = Context(model, None, target.load("host"), torch.Generator().manual_seed(0))
     for step in steps:
         model = step.apply(model, context)
@@ -70,7 +70,7 @@ TOKENS = {"input_ids": np.random.default_rng(0).integers(0, 64, (3, 9))}
 
 @pytest.mark.parametrize("dtype", KINDS)
 def test_a_decoder_is_fused_merged_and_near(decoder, dtype):
-    model = quantized(decoder, RoundToNearest(bits=4, group=32))
+    model = applied(decoder, RoundToNearest(bits=4, group=32))
     made = gpu_program.rewrite(model, HOPPER, dtype)
     assert made.left == ()
     assert dict(made.ops) == {
@@ -85,7 +85,7 @@ def test_a_decoder_is_fused_merged_and_near(decoder, dtype):
 
 
 def test_activations_have_16_bits_and_positions_32(decoder):
-    made = gpu_program.rewrite(quantized(decoder, RoundToNearest(bits=4, group=32)), HOPPER).model
+    made = gpu_program.rewrite(applied(decoder, RoundToNearest(bits=4, group=32)), HOPPER).model
     types = {n: t for n, (t, _) in gpu_precision.described(made).items()}
     for name in ("planish.gpu_linear_wna16", "aten.scaled_dot_product_attention", "aten.embedding"):
         assert {types[n] for n in named(made, name)} == {torch.bfloat16}
@@ -98,7 +98,7 @@ def test_activations_have_16_bits_and_positions_32(decoder):
 def test_roundings_take_the_norm_and_are_shared(decoder):
     if "linear_dynamic" not in gpu_op.ops():
         pytest.skip("linear_dynamic has no GPU form")
-    model = quantized(decoder, Dynamic(bits=8, activations=8))
+    model = applied(decoder, Dynamic(bits=8, activations=8))
     made = gpu_program.rewrite(model, HOPPER)
     assert made.left == () and made.normed_roundings == 4  # the last norm feeds the float head
     rounds = named(made.model, "planish.gpu_quantize_tokens")
@@ -109,14 +109,14 @@ def test_roundings_take_the_norm_and_are_shared(decoder):
 
 
 def test_a_rounded_cache_keeps_its_op(decoder):
-    made = gpu_program.rewrite(quantized(decoder, KvCache(format="int8")), HOPPER).model
+    made = gpu_program.rewrite(applied(decoder, KvCache(format="int8")), HOPPER).model
     types = gpu_precision.described(made)
     assert {types[n][0] for n in named(made, "planish.kv_cache")} == {torch.bfloat16}
     assert len(named(made, "planish.kv_cache")) == 4
 
 
 def test_a_layer_without_a_kernel_stays_with_its_reason(decoder, monkeypatch):
-    model = quantized(decoder, RoundToNearest(bits=4, group=32))
+    model = applied(decoder, RoundToNearest(bits=4, group=32))
     monkeypatch.setattr(gpu_op, "ops", dict)
     made = gpu_program.rewrite(model, HOPPER)
     assert len(made.left) == 10 and all("linear_wna16" in why for _, why in made.left)
@@ -148,7 +148,7 @@ def test_tails_are_taken_where_nothing_else_reads_between(twice):
     torch.manual_seed(0)
     x = torch.randn(4, 7, 32)
     model = trace(Block(twice).eval(), {"x": x}, "block")
-    model = quantized(model, RoundToNearest(bits=8, group=32, skip=()))
+    model = applied(model, RoundToNearest(bits=8, group=32, skip=()))
     made = gpu_program.rewrite(model, HOPPER, torch.float16)
     tails = {layers.layer(n): n for n in named(made.model, "planish.gpu_linear_wna16")}
     down = tails["down"]
@@ -168,6 +168,13 @@ def test_convolutions_compute_in_16_bits_between_float32_ends(residual, images):
     assert all(t.dtype == torch.float16 for n, t in constants.items() if n.startswith("head."))
 
 
+def test_static_pairs_are_said_to_be_slow_and_answer(quantized, images):
+    made = gpu_program.rewrite(quantized, HOPPER, torch.float16)
+    assert {n for n, _ in made.left} >= {"stem", "depthwise", "point", "head"}
+    assert all("--format onnx" in why for _, why in made.left)
+    assert apart(quantized, made.model, {"image": images.inputs["image"][:8]}) < 0.1
+
+
 def test_equal_layers_of_other_groups_are_not_merged():
     class Two(nn.Module):
         def __init__(self):
@@ -179,8 +186,8 @@ def test_equal_layers_of_other_groups_are_not_merged():
 
     torch.manual_seed(0)
     model = trace(Two().eval(), {"x": torch.randn(2, 64)}, "two")
-    both = quantized(model, RoundToNearest(bits=4, group=32, skip=()))
-    one = quantized(model, RoundToNearest(bits=4, group=32, skip=("b",)), RoundToNearest(bits=4, group=64, skip=("a",)))
+    both = applied(model, RoundToNearest(bits=4, group=32, skip=()))
+    one = applied(model, RoundToNearest(bits=4, group=32, skip=("b",)), RoundToNearest(bits=4, group=64, skip=("a",)))
     assert gpu_program.rewrite(both, HOPPER).merged == (("a", "b"),)
     assert gpu_program.rewrite(one, HOPPER).merged == ()
     assert gpu_program.rewrite(model, HOPPER).merged == (("a", "b"),)  # float layers too

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from planish import pipeline
 from planish.common.errors import PlanishError
 from planish.compress import load as loading
 from planish.compress import program_file
@@ -47,6 +48,11 @@ def test_what_does_not_fit_is_one_line(facts, core, line):
 @pytest.mark.parametrize(("capability", "core"), [(90, "sm_90"), (80, "sm_80"), (86, "sm_80"), (89, "sm_89"), (100, "sm_90")])  # fmt: skip
 def test_a_core_runs_what_was_made_for_the_nearest_below(capability, core):
     cuda.check(ARTIFACT, core, replace(HERE, capability=capability))
+
+
+@pytest.mark.parametrize(("place", "form", "name"), [("host", "pt2", "pt2"), ("cuda-sm90", "pt2", "cuda"), ("cuda-sm89", "onnx", "ort")])  # fmt: skip
+def test_the_runtime_follows_target_and_format(place, form, name):
+    assert pipeline._default_runtime(SimpleNamespace(folder="x", target=place, format=form)) == name
 
 
 def test_facts_ask_no_gpu_where_there_is_none():
@@ -159,11 +165,13 @@ def test_what_is_no_plain_decoder_is_refused():
 
 def test_a_moved_program_makes_nothing_on_the_cpu(model, tmp_path):
     """On a device without values every op must find its operands on one device."""
-    made = cuda.on(rewritten(model, tmp_path, RoundToNearest(bits=4, group=32)), torch.device("meta"))
+    program = rewritten(model, tmp_path, RoundToNearest(bits=4, group=32))
+    made = cuda.on(program, torch.device("meta"))
     feeds = [x.to("meta") for x in made.feeds({"input_ids": np.zeros((2, 5), np.int64)})]
     with torch.no_grad():
         scores = made.graph(*feeds)[0]
     assert scores.shape == (2, 5, 64) and scores.device.type == "meta"
+    assert {t.device.type for t in program.graph.state_dict().values()} == {"cpu"}  # the given one stays where it is
 
 
 @pytest.mark.gpu
