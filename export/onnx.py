@@ -14,13 +14,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 from onnx import TensorProto
 
 from ..common.errors import PlanishError, listed
 from ..common.progress import say
 from ..targets.target import Target
-from . import accuracy, metadata, ort_session
+from . import accuracy, metadata, onnx_gpu, ort_session
 from .accuracy import Choice
 from .format import Format, Source, Written
 
@@ -36,6 +37,8 @@ class Onnx(Format):
         path = folder / "model.onnx"
         model = onnx.ModelProto()
         model.CopyFrom(source.onnx)
+        if target.kind == "gpu":
+            return _for_cuda(onnx_gpu.in_half(model), source, path)
         choices = accuracy.choose(model, source.golden_inputs)
         warnings = [*metadata.get(model, metadata.NOTES), *_slow(choices)]
         for line in warnings:
@@ -65,6 +68,35 @@ class Onnx(Format):
             warnings=tuple(warnings),
             answers=answers,
         )
+
+
+def _for_cuda(model: onnx.ModelProto, source: Source, path: Path) -> Written:
+    """Write a graph for the CUDA execution provider; its answers are those of ONNX Runtime's CPU, which has the same ops."""
+    warnings = [
+        *metadata.get(model, metadata.NOTES),
+        *onnx_gpu.warnings(model),
+        "not run on a GPU when it was made: checked on ONNX Runtime's CPU",
+    ]
+    for line in warnings:
+        say(f"warning: {line}")
+    path.write_bytes(model.SerializeToString(deterministic=True))
+    _refuse_folded(model, optimized(path))
+    answers = ort_session.run(ort_session.create(path, 1), source.golden_inputs)
+    largest = max((float(np.abs(a.astype(np.float64)).max(initial=0)) for a in answers.values()), default=0.0)
+    low = [n.name for n in model.graph.node if n.op_type == "MatMulNBits"]
+    return Written(
+        inputs=[describe(i) for i in model.graph.input],
+        outputs=[describe(o) for o in model.graph.output],
+        details={
+            "opset": onnx_opset(model),
+            "provider": "CUDAExecutionProvider",
+            **({"session_options": {onnx_gpu.OPTION: "1"}} if low else {}),
+            "on_cpu": onnx_gpu.on_cpu(model),
+        },
+        warnings=tuple(warnings),
+        max_error=onnx_gpu.TOLERANCE * (largest or 1.0),
+        answers=answers,
+    )
 
 
 def onnx_opset(model: onnx.ModelProto) -> int:

@@ -22,7 +22,7 @@ __all__ = ["Ort", "OrtSession", "create", "run"]
 class Ort(Runtime):
     """ONNX Runtime, CPU execution provider."""
 
-    formats: ClassVar[tuple[str, ...]] = ("onnx", "onnx_standard")
+    formats: ClassVar[tuple[str, ...]] = ("onnx", "onnx_standard", "onnx_tensorrt")
 
     def open(self, artifact: Artifact, threads: int) -> OrtSession:
         """Load model.onnx."""
