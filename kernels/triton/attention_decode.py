@@ -288,7 +288,7 @@ def default(
     tile, warps = 32 if wide or format == "none" else 64, 4
     if block == 64 and (wide or not core.warp_groups):
         warps = 8
-        if not core.warp_groups:
+        if not core.warp_groups or format == "none":
             block, tile = 32 if wide else 64, 64
     blocks = batch * kv_heads * triton.cdiv(rows, block)
     parts = triton.next_power_of_2(max(1, WAVES * core.multiprocessors // blocks))
