@@ -125,7 +125,9 @@ def export(
     model: ModelName,
     output: Output,
     target: TargetName = "host",
-    format: Annotated[str | None, typer.Option("--format", "-f", help="onnx, onnx_standard, tvm, c or pt2.")] = None,
+    format: Annotated[
+        str | None, typer.Option("--format", "-f", help="onnx, onnx_standard, tvm, c, pt2 or bitsandbytes.")
+    ] = None,
     data: Arrays = None,
     weights: Weights = None,
     input: Inputs = None,

@@ -25,7 +25,7 @@ class Artifact:
 
     @property
     def format(self) -> str:
-        """onnx, tvm, c or pt2."""
+        """onnx, onnx_standard, tvm, c, pt2 or bitsandbytes."""
         return self.manifest["format"]
 
     @property
