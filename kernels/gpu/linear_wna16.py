@@ -88,10 +88,10 @@ def spread(values: torch.Tensor, group: int, inputs: int) -> torch.Tensor:
     return values[:, at]
 
 
-def row_factor(scale: torch.Tensor) -> torch.Tensor:
-    """(out,) float32 powers of two: scale / factor (out, groups) is at most 64, and more than 32 where it is largest."""
+def row_factor(scale: torch.Tensor, power: int = 6) -> torch.Tensor:
+    """(out,) float32 powers of two: scale / factor (out, groups) is below 2^power, and at least half of it where it is largest."""
     _, exponent = torch.frexp(scale.float().abs().amax(1))  # largest = mantissa * 2^exponent, mantissa in [0.5, 1)
-    return torch.ldexp(torch.ones(len(scale)), (exponent - 6).clamp_min(-126))
+    return torch.ldexp(torch.ones(len(scale)), (exponent - power).clamp_min(-126))
 
 
 class LinearWna16(GpuOp):

@@ -9,6 +9,9 @@ words each. Of every 16 x 16 square of a tile, thread 4 g + c holds the eight we
 Pair number v = 4 * square + 2 h + r lies in word v // P of the thread, P = 16 / bits: e = 0 in the low half of the word, e = 1 in the high
 half, each in the bits from bits * (v % P) on. One shift, one mask and one `or` of an exponent make a pair of 16-bit floats of two codes.
 
+With `side_by_side` (four bits) both codes of pair p of a word are neighbours instead, e = 0 in the bits from 8 p on and e = 1 above it: byte
+permutations take four neighbouring codes as selectors (kernels/triton/codebook.py).
+
 What belongs to a row and a group (scales, zero points) is a word for rows g (low half) and g + 8 (high half): (tiles, groups, 8).
 """
 
@@ -28,7 +31,7 @@ def tile_inputs(bits: int) -> int:
     return 256 // bits
 
 
-def shuffle(codes: torch.Tensor, bits: int) -> torch.Tensor:
+def shuffle(codes: torch.Tensor, bits: int, side_by_side: bool = False) -> torch.Tensor:
     """Words (out / 16, in / KT, 32, 4) int32 of codes (out, in) uint8 below 2^bits, padded with zeros to whole tiles and steps; bits 8, 4, 2."""
     out, inputs = codes.shape
     padded = F.pad(codes, (0, -inputs % STEP, 0, -out % ROWS))
@@ -37,17 +40,24 @@ def shuffle(codes: torch.Tensor, bits: int) -> torch.Tensor:
     pairs = (
         view.permute(0, 3, 2, 6, 4, 5, 1, 7).reshape(tiles, -1, LANES, WORDS, per, 2).int()
     )  # ..., g c, word, position, e
-    shifts = bits * torch.arange(per, dtype=torch.int32)[:, None] + torch.tensor([0, 16], dtype=torch.int32)  # (per, 2)
-    return (pairs << shifts).sum((-2, -1), dtype=torch.int32)
+    return (pairs << _shifts(bits, side_by_side)).sum((-2, -1), dtype=torch.int32)
 
 
-def unshuffle(words: torch.Tensor, bits: int) -> torch.Tensor:
+def unshuffle(words: torch.Tensor, bits: int, side_by_side: bool = False) -> torch.Tensor:
     """Codes (out padded, in padded) uint8 of words (out / 16, in / KT, 32, 4): the inverse of `shuffle`."""
-    tiles, per = len(words), 16 // bits
-    shifts = bits * torch.arange(per, dtype=torch.int32)[:, None] + torch.tensor([0, 16], dtype=torch.int32)
-    pairs = ((words[..., None, None] >> shifts) & ((1 << bits) - 1)).to(torch.uint8)  # (tiles, tiles_k, 32, 4, per, 2)
+    tiles = len(words)
+    pairs = ((words[..., None, None] >> _shifts(bits, side_by_side)) & ((1 << bits) - 1)).to(
+        torch.uint8
+    )  # (tiles, tiles_k, 32, 4, per, 2)
     view = pairs.reshape(tiles, -1, 8, 4, tile_inputs(bits) // 16, 2, 2, 2)  # tile, tile_k, g, c, square, h, r, e
     return view.permute(0, 6, 2, 1, 4, 5, 3, 7).reshape(tiles * ROWS, -1)
+
+
+def _shifts(bits: int, side_by_side: bool) -> torch.Tensor:
+    """Bit of each position and e in a word, (16 / bits, 2) int32."""
+    position = bits * torch.arange(16 // bits, dtype=torch.int32)[:, None]
+    e = torch.arange(2, dtype=torch.int32)
+    return 2 * position + bits * e if side_by_side else position + 16 * e
 
 
 def halves(values: torch.Tensor, fill: float = 0.0) -> torch.Tensor:

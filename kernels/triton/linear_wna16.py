@@ -19,6 +19,8 @@ weight, and nothing is rounded. Else weights are scaled, in 16 bits, before the 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -27,8 +29,9 @@ from torch.nn import functional as F
 from ..gpu.core import Core
 from . import split_k
 from .ahead import Variant
-from .config import Config, core_of, launch, tuned
-from .dequantize import by_group, by_row, weights
+from .codebook import loaded
+from .config import Config, core_of, launch, on_gpu, tuned
+from .dequantize import again, by_group, by_row, weights
 from .epilogue import store
 
 
@@ -49,6 +52,7 @@ def small(
     codes_ptr,  # (out tiles, tiles, 32, 4) int32
     scale_ptr,  # (out tiles, groups, 8) int32
     zero_ptr,  # like scale, or None
+    table_ptr,  # (2, 2, 4) int32 of a codebook, else None
     row_ptr,  # (columns,) float32
     y_ptr,  # (rows, columns); (PARTS, rows, columns) float32 where the sum is split
     bias_ptr,
@@ -63,7 +67,9 @@ def small(
     mask,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
+    FORMAT: tl.constexpr,
     FRACTION: tl.constexpr,
+    GPU: tl.constexpr,
     AFTER: tl.constexpr,
     ACTIVATION: tl.constexpr,
     S: tl.constexpr,
@@ -77,6 +83,7 @@ def small(
     BLOCK_N: tl.constexpr = 16 * T
     BLOCK_K: tl.constexpr = J * 16 * SQUARES
     TYPE: tl.constexpr = x_ptr.dtype.element_ty
+    table = loaded(table_ptr, TYPE)
     first = tl.program_id(2) * steps
     t = tl.program_id(1) * T + tl.arange(0, T)[:, None, None, None]  # (T, 1, 1, 1)
     s = first * S + tl.arange(0, S)[None, None, :, None]
@@ -101,7 +108,7 @@ def small(
             zero = by_group(_group_words(zero_ptr, t5, kt5, tiles, groups, inside, GROUP, BITS), SQUARES)
         if not AFTER:
             scale = by_group(_group_words(scale_ptr, t5, kt5, tiles, groups, inside, GROUP, BITS), SQUARES)
-        w = weights(tl.reshape(q, (T, J, S, 8, 4, 4)), mask, scale, zero, FRACTION, BITS, TYPE)
+        w = weights(tl.reshape(q, (T, J, S, 8, 4, 4)), mask, scale, zero, table, FORMAT, FRACTION, BITS, TYPE, GPU)
         w = tl.reshape(w, (T, J, S, 8, 4, SQUARES // 2, 2, 2, 2, 2))  # T J S g c square2 f h r e
         w = tl.reshape(
             tl.permute(w, (2, 0, 8, 3, 1, 5, 7, 4, 6, 9)), (S, BLOCK_N, BLOCK_K)
@@ -138,6 +145,7 @@ def middle(
     codes_ptr,
     scale_ptr,
     zero_ptr,
+    table_ptr,
     row_ptr,
     y_ptr,
     bias_ptr,
@@ -152,7 +160,9 @@ def middle(
     mask,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
+    FORMAT: tl.constexpr,
     FRACTION: tl.constexpr,
+    GPU: tl.constexpr,
     AFTER: tl.constexpr,
     ACTIVATION: tl.constexpr,
     WGMMA: tl.constexpr,
@@ -166,6 +176,7 @@ def middle(
     BLOCK_N: tl.constexpr = 16 * T
     BLOCK_K: tl.constexpr = J * 16 * SQUARES
     TYPE: tl.constexpr = x_ptr.dtype.element_ty
+    table = loaded(table_ptr, TYPE)
     first = tl.program_id(2) * steps
     t = tl.program_id(1) * T + tl.arange(0, T)[None, None, :, None]  # (1, 1, T, 1)
     kt = first * J + tl.arange(0, J)[None, :, None, None]  # (1, J, 1, 1)
@@ -188,7 +199,7 @@ def middle(
             zero = by_group(_group_words(zero_ptr, t5, kt5, tiles, groups, inside, GROUP, BITS), SQUARES)
         if not AFTER:
             scale = by_group(_group_words(scale_ptr, t5, kt5, tiles, groups, inside, GROUP, BITS), SQUARES)
-        w = weights(tl.reshape(q, (1, J, T, 8, 4, 4)), mask, scale, zero, FRACTION, BITS, TYPE)
+        w = weights(tl.reshape(q, (1, J, T, 8, 4, 4)), mask, scale, zero, table, FORMAT, FRACTION, BITS, TYPE, GPU)
         if WGMMA:
             w = tl.permute(
                 tl.reshape(w, (J, T, 8, 4, SQUARES, 2, 2, 2)), (1, 6, 2, 0, 4, 5, 3, 7)
@@ -227,6 +238,7 @@ def dequantize(
     codes_ptr,
     scale_ptr,
     zero_ptr,
+    table_ptr,
     row_ptr,
     w_ptr,  # (columns, inputs)
     columns,
@@ -236,7 +248,9 @@ def dequantize(
     mask,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
+    FORMAT: tl.constexpr,
     FRACTION: tl.constexpr,
+    GPU: tl.constexpr,
     T: tl.constexpr,
     J: tl.constexpr,
 ):
@@ -256,7 +270,9 @@ def dequantize(
     if zero_ptr is not None:
         zero = by_group(_group_words(zero_ptr, t5, kt5, tiles, groups, inside, GROUP, BITS), SQUARES)
     scale = by_group(_group_words(scale_ptr, t5, kt5, tiles, groups, inside, GROUP, BITS), SQUARES)
-    w = weights(tl.reshape(q, (1, J, T, 8, 4, 4)), mask, None, zero, FRACTION, BITS, EXACT).to(tl.float32) * scale
+    table = loaded(table_ptr, EXACT)
+    w = weights(tl.reshape(q, (1, J, T, 8, 4, 4)), mask, None, zero, table, FORMAT, FRACTION, BITS, EXACT, GPU)
+    w = w.to(tl.float32) * again(scale, 2)  # pyright: ignore[reportArgumentType]
     w = tl.permute(tl.reshape(w, (J, T, 8, 4, SQUARES, 2, 2, 2)), (1, 6, 2, 0, 4, 5, 3, 7))  # T r g, J square h c e
     w = tl.reshape(w, (16 * T, BLOCK_K))
     n = tl.program_id(1) * 16 * T + tl.arange(0, 16 * T)[:, None]
@@ -281,46 +297,71 @@ def run(
 ) -> torch.Tensor:
     """(..., in) -> (..., out) in the type of x; the arguments as kernels/gpu/linear_wna16.py stores them."""
     n, k = len(row), x.shape[-1]
-    m = x.numel() // k
     core = core_of(x)
-    config = DEQUANTIZE if x.dtype == torch.float32 else choose(core, m, n, k, bits, group)
-    return product(config, core, x, codes, scale, zero, row, bits, group, fraction, bias, factor, residual, activation)
+    config = DEQUANTIZE if x.dtype == torch.float32 else choose(core, x.numel() // k, n, k, bits, group)
+    stored = Stored(codes, scale, zero, row, bits, group, fraction)
+    return product(config, core, x, stored, (bias, factor, residual), activation)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A weight as kernels/gpu/linear_wna16.py or linear_codebook.py stores it."""
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+    zero: torch.Tensor | None
+    row: torch.Tensor
+    bits: int
+    group: int
+    fraction: bool = False
+    format: str = ""
+    """of a codebook; '' where codes are numbers"""
+    table: torch.Tensor | None = None
+    """of a codebook"""
 
 
 def product(
     config: Config,
     core: Core,
     x: torch.Tensor,
-    codes: torch.Tensor,
-    scale: torch.Tensor,
-    zero: torch.Tensor | None,
-    row: torch.Tensor,
-    bits: int,
-    group: int,
-    fraction: bool,
-    bias: torch.Tensor | None,
-    factor: torch.Tensor | None,
-    residual: torch.Tensor | None,
+    w: Stored,
+    ends: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None],
     activation: str,
 ) -> torch.Tensor:
-    """`run` by a given configuration."""
-    n, k = len(row), x.shape[-1]
+    """The product x (..., in) W^T by a configuration, and the epilogue with bias, factor and residual."""
+    n, k = len(w.row), x.shape[-1]
     y = x.new_empty((*x.shape[:-1], n))
     m = y.numel() // n
     if m == 0:
         return y
-    ends = (bias, factor, residual)
-    tiles, groups = codes.shape[1], scale.shape[1]
-    c, mask = config.constants, ((1 << bits) - 1) * 0x10001
-    common = {"BITS": bits, "GROUP": group, "FRACTION": fraction}
+    tiles, groups = w.codes.shape[1], w.scale.shape[1]
+    c, mask = config.constants, ((1 << w.bits) - 1) * 0x10001
+    common = {"BITS": w.bits, "GROUP": w.group, "FORMAT": w.format, "FRACTION": w.fraction, "GPU": on_gpu(x)}
     x2 = x.reshape(m, k).contiguous()
     if config.form == "dequantize":
-        w = x.new_empty((n, k))
+        whole = x.new_empty((n, k))
         grid = (triton.cdiv(tiles, c["J"]), triton.cdiv(n, 16 * c["T"]))
-        launch(dequantize, grid, config, codes, scale, zero, row, w, n, k, tiles, groups, mask, **common, **c)
+        launch(
+            dequantize,
+            grid,
+            config,
+            w.codes,
+            w.scale,
+            w.zero,
+            w.table,
+            w.row,
+            whole,
+            n,
+            k,
+            tiles,
+            groups,
+            mask,
+            **common,
+            **c,
+        )
         if all(e is None for e in ends) and not activation:
-            return torch.matmul(x2, w.t(), out=y.view(m, n)).view_as(y)
-        split_k.finish(torch.matmul(x2, w.t())[None], y.view(m, n), *ends, activation)
+            return torch.matmul(x2, whole.t(), out=y.view(m, n)).view_as(y)
+        split_k.finish(torch.matmul(x2, whole.t())[None], y.view(m, n), *ends, activation)
         return y
     if k % 16:  # rows that begin at 32 bytes are read 16 bytes at a time
         x2 = F.pad(x2, (0, -k % 16))
@@ -333,9 +374,9 @@ def product(
         small if config.form == "small" else middle,
         (triton.cdiv(m, c["BLOCK_M"]), triton.cdiv(n, 16 * c["T"]), parts),
         config,
-        x2, codes, scale, zero, row, sums, *(ends if parts == 1 else (None, None, None)),
+        x2, w.codes, w.scale, w.zero, w.table, w.row, sums, *(ends if parts == 1 else (None, None, None)),
         m, n, x2.shape[1], tiles, groups, steps, mask,
-        **common, **own, AFTER=_after(c["J"], bits, group, c["BLOCK_M"]), ACTIVATION=activation if parts == 1 else "",
+        **common, **own, AFTER=_after(c["J"], w.bits, w.group, c["BLOCK_M"]), ACTIVATION=activation if parts == 1 else "",
         T=c["T"], J=c["J"], BLOCK_M=c["BLOCK_M"], STAGES=config.stages,
     )  # fmt: skip
     if parts > 1:
@@ -373,7 +414,10 @@ def default(core: Core, m: int, n: int, k: int, bits: int = 4, group: int = 128)
             t *= 2
         j = step if tiles >= 8 * step * 4 else 1
         blocks, steps, warps = triton.cdiv(rows, t), triton.cdiv(tiles, 8 * j), 8
-        stage = 8 * j * (t * 512 + 256 // bits * block_m * 2)  # bytes
+        words = 1 if _after(j, bits, group, block_m) else j * max(1, 256 // bits // group)
+        stage = 8 * (
+            j * (t * 512 + 256 // bits * block_m * 2) + 2 * t * words * 128
+        )  # bytes of codes, x, scales and zero points
         constants = {"S": 8, "T": t, "J": j, "BLOCK_M": block_m}
         form, deepest = "small", 6
     else:
@@ -392,7 +436,10 @@ def default(core: Core, m: int, n: int, k: int, bits: int = 4, group: int = 128)
         and steps >= 4 * parts
     ):
         parts *= 2
-    stages = max(2, min(deepest, core.shared_bytes * 9 // 10 // stage))
+    buffers = core.shared_bytes * 19 // 20 // stage
+    stages = max(
+        2, min(deepest, buffers + 1 if form == "small" else buffers)
+    )  # wgmma reads x where it lies: one buffer more
     return Config(form, {**constants, "PARTS": parts}, warps, stages)
 
 
@@ -438,32 +485,40 @@ def variants(core: Core) -> list[Variant]:
     found = []
     for m, bits, group, fraction in ((1, 4, 128, False), (16, 4, 128, False), (128, 4, 128, False), (1024, 4, 128, False), (1, 8, 32, True)):  # fmt: skip
         config = default(core, m, 4096, 4096, bits, group)
-        found.append(variant(core, config, bits, group, fraction, f"w{bits}a16 g{group}, {m} tokens"))
-    return [*found, variant(core, DEQUANTIZE, 4, 128, False, "w4 g128 to bfloat16")]
+        found.append(variant(core, config, f"w{bits}a16 g{group}, {m} tokens", bits, group, fraction))
+    return [*found, variant(core, DEQUANTIZE, "w4 g128 to bfloat16", 4, 128)]
 
 
-def variant(core: Core, config: Config, bits: int, group: int, fraction: bool, label: str) -> Variant:
+def variant(
+    core: Core,
+    config: Config,
+    label: str,
+    bits: int,
+    group: int,
+    fraction: bool = False,
+    format: str = "",
+) -> Variant:
     """A configuration for compilation ahead of time, x in bfloat16."""
     c, pointers = config.constants, {"codes_ptr": "*i32", "scale_ptr": "*i32", "row_ptr": "*fp32"}
     sizes = {"columns": "i32", "inputs": "i32", "tiles": "i32", "groups": "i32", "mask": "i32"}
-    constants: dict[str, object] = {"BITS": bits, "GROUP": group, "FRACTION": fraction, "T": c["T"], "J": c["J"]}
-    if fraction:
-        pointers["zero_ptr"] = "*i32"
-    else:
-        constants["zero_ptr"] = None
+    constants: dict[str, object] = {"BITS": bits, "GROUP": group, "FORMAT": format, "FRACTION": fraction, "GPU": True}
+    constants |= {"T": c["T"], "J": c["J"]}
+    for name, present in (("zero_ptr", fraction), ("table_ptr", format)):
+        if present:
+            pointers[name] = "*i32"
+        else:
+            constants[name] = None
     if config.form == "dequantize":
         types, matrix, loose = {**pointers, "w_ptr": "*bf16", **sizes}, False, ("groups", "mask")
     else:
         sums = "*bf16" if c["PARTS"] == 1 else "*fp32"
         types = {**pointers, "x_ptr": "*bf16", "y_ptr": sums, **sizes, "rows": "i32", "steps": "i32"}
+        constants |= {"bias_ptr": None, "factor_ptr": None, "residual_ptr": None, "ACTIVATION": ""}
         constants |= {
-            "bias_ptr": None,
-            "factor_ptr": None,
-            "residual_ptr": None,
-            "ACTIVATION": "",
             "BLOCK_M": c["BLOCK_M"],
+            "STAGES": config.stages,
+            "AFTER": _after(c["J"], bits, group, c["BLOCK_M"]),
         }
-        constants |= {"STAGES": config.stages, "AFTER": _after(c["J"], bits, group, c["BLOCK_M"])}
         constants |= {"S": c["S"]} if config.form == "small" else {"WGMMA": core.warp_groups}
         matrix, loose = True, ("rows", "groups", "steps", "mask")
     return Variant("linear_wna16", config.form, types, constants, config.warps, config.stages, matrix, label, loose)

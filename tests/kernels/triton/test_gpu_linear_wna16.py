@@ -59,6 +59,11 @@ def arguments(packed):
     return t["codes"], t["scale"], t.get("zero"), t["row"], a["bits"], a["group"], a["fraction"]
 
 
+def stored(packed):
+    """The same, as the kernels' own entry takes it."""
+    return triton_op.Stored(*arguments(packed))
+
+
 @pytest.mark.parametrize("bits", (2, 4, 8))
 def test_stored_words_hold_every_code_once(bits):
     codes = torch.randint(0, 1 << bits, (37, 300), dtype=torch.uint8, generator=torch.Generator().manual_seed(bits))
@@ -127,14 +132,18 @@ GRID = [
 ]
 
 
-@pytest.mark.parametrize(("case", "form"), list(itertools.product(range(len(GRID)), FORMS)))
+CASES = [(case, form) for case, form in itertools.product(range(len(GRID)), FORMS) if case % 3 == 0 or "_" not in form]
+"""the first three forms for every case, the others for every third"""
+
+
+@pytest.mark.parametrize(("case", "form"), CASES)
 def test_every_form_is_within_its_bound_and_near_the_reference(case, form):
     bits, group, inputs, out, zero, tokens, dtype = GRID[case]
     given = layer(out, inputs, bits, group, zero)
     packed = gpu.LinearWna16().pack(given, HOPPER)
     x = torch.randn(tokens, inputs, generator=torch.Generator().manual_seed(1)).to(dtype)
     y, error = bound(given, x, dtype)
-    got = triton_op.product(FORMS[form], HOPPER, x, *arguments(packed), None, None, None, "")
+    got = triton_op.product(FORMS[form], HOPPER, x, stored(packed), (None, None, None), "")
     assert got.dtype == dtype and got.shape == (tokens, out)
     assert ((got.double() - y).abs() <= error).all()
     reference = gpu.reference(x, *arguments(packed), None, None, None, "")
