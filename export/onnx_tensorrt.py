@@ -162,7 +162,7 @@ def _weights(model: onnx.ModelProto, notes: list[tuple[str, str]]) -> None:
     graph.node.extend(kept)
 
 
-Stored = tuple[TensorProto, np.ndarray, dict[str, int]]
+Stored = tuple[TensorProto, np.ndarray, dict[str, Any]]
 """codes (in, out), their scale, attributes of DequantizeLinear"""
 
 

@@ -135,7 +135,7 @@ def _details(
                 for launch in s.program.launches
             ],
         }
-        for s in compiled.carrier.sites
+        for s in {s.function: s for s in compiled.carrier.sites}.values()
     ]
     return {
         "batch": 1,
@@ -173,10 +173,8 @@ def compile_model(fixed: onnx.ModelProto, core: cores.Core, triple: str = TRIPLE
     module, modules, kernels = tvm_cuda_triton.finish(module, carrier)
     views = ir.relax.transform.RewriteDataflowReshape()(module)
     calls = tvm_layers.called(views, rewritten.model, imported.packed)
-    layers = {s.function: s.layer for s in carrier.sites}
-    calls = [(kernel, layers.get(kernel, layer)) for kernel, layer in calls]
     scheduled = {
-        v.name_hint: _what(f) for v, f in module.functions_items() if isinstance(f, ir.PrimFunc) and v.name_hint not in names
+        v.name_hint: _what(v.name_hint) for v, f in module.functions_items() if isinstance(f, ir.PrimFunc) and v.name_hint not in names
     }  # fmt: skip
     workspace, outputs = tvm.workspace(module, {}), tvm.outputs(fixed, module["main"].ret_ty)
     executable, own = _build(module, core, triple)
@@ -232,9 +230,8 @@ def _host(triple: str) -> dict[str, str]:
     return {"kind": "llvm", "mtriple": triple}
 
 
-def _what(function: Any) -> str:
+def _what(name: str) -> str:
     """Whether a scheduled kernel multiplies matrices or convolves, by the name that TVM gave it."""
-    name = str(function.attrs["global_symbol"]) if "global_symbol" in function.attrs else ""
     return "product" if any(w in name for w in ("matmul", "conv")) else "elementwise"
 
 

@@ -32,6 +32,8 @@ from ..kernels.tvm.lowering import OP, OPAQUE, Lowering, Use
 from . import _tvm_compat, fused, tvm_cuda_code
 from .tvm_cuda_code import BLOCK, GRID, SHARED, TYPES, Function, Module
 
+PROGRAM = "planish.program"
+"""attribute of a host function: what it launches"""
 X, BIAS = "x", "bias"
 """the computed argument of a linear op; the one that its epilogue adds"""
 WARP = 32
@@ -126,7 +128,8 @@ class _Carried(Lowering):
                 operands.append(use.constant(_bytes(inputs[name])))
         types = [relax.TensorType(*_stored(b, b.name == result)) for b in program.buffers]
         macs = math.prod(shape[:-1]) * out.shape[-1] * shape[-1]
-        attributes = {
+        attributes = {  # equal layers share a function, which the digest makes sure of
+            PROGRAM: _digest(repr(program)),
             "tirx.is_scheduled": True,
             "tirx.noalias": True,
             "op_pattern": OPAQUE,
@@ -186,17 +189,18 @@ def finish(module: Any, carrier: Carrier) -> tuple[Any, list[Module], list[Kerne
     variants = {kernel_name(v): v for s in carrier.sites for v in (launch.variant for launch in s.program.launches)}
     modules, kernels = compiled(variants, carrier.core)
     shared = {k.name: (k.threads, k.shared_bytes) for k in kernels}
-    for site in carrier.sites:
+    for site in {s.function: s for s in carrier.sites}.values():
         reference = module.get_global_var(site.function)
         stub = module[reference]
-        (call,) = _calls(module, site.function)
-        filled = _function(ir, call, site.program, shared, dict(stub.attrs.items()), site.inputs)
+        filled = _function(
+            ir, _calls(module, site.function)[0], site.program, shared, dict(stub.attrs.items()), site.inputs
+        )
         module.update_func(reference, filled)
     return module, modules, kernels
 
 
 def _calls(module: Any, function: str) -> list[list[Any]]:
-    """Operands of the calls of a host function; each layer has one of its own."""
+    """Operands of the calls of a host function."""
     from .tvm_layers import kernel_calls
 
     return [operands for name, operands in kernel_calls(module["main"]) if name == function]
@@ -205,8 +209,11 @@ def _calls(module: Any, function: str) -> list[list[Any]]:
 def kernel_name(variant: Any) -> str:
     """Equal for equal variants: the function and a hash of what it was specialized for."""
     facts = {k: v for k, v in asdict(variant).items() if k not in ("label", "matrix")}
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
-    return f"{variant.module}_{variant.kernel}_{digest}".strip("_")
+    return f"{variant.module}_{variant.kernel}_{_digest(json.dumps(facts, sort_keys=True))}".strip("_")
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def compiled(variants: Mapping[str, Any], core: Core) -> tuple[list[Module], list[Kernel]]:

@@ -20,7 +20,7 @@ from ..gpu.linear_dynamic import DTYPES
 from ..linear_fp8 import DTYPES as FLOATS
 from . import epilogue, split_k, tiles
 from .ahead import Variant
-from .config import Config, core_of, launch, tuned
+from .config import Config, core_of, launch, on_gpu, tuned
 from .tiles import Operands
 
 
@@ -160,7 +160,7 @@ def product(
     launch(
         linear_float8, (triton.cdiv(outs, c["BN"]) * triton.cdiv(tokens, c["BM"]), c["SPLIT"]), config,
         x.contiguous(), token_scale, weight, scale, bias, factor, residual, y, parts, tokens, outs, channels, columns,
-        FORMAT=format, ACTIVATIONS=activations, PTX=x.is_cuda, EVEN=channels == columns,
+        FORMAT=format, ACTIVATIONS=activations, PTX=on_gpu(x), EVEN=channels == columns,
         ACTIVATION=activation, **c,
     )  # fmt: skip
     if parts is not None:

@@ -26,7 +26,7 @@ from ..gpu.core import Core
 from ..gpu.linear_dynamic import DTYPES
 from . import epilogue, split_k, tiles
 from .ahead import Variant
-from .config import Config, core_of, launch, tuned
+from .config import Config, core_of, launch, on_gpu, tuned
 from .tiles import Operands
 
 SCALED = 48
@@ -201,7 +201,7 @@ def run(
         linear_int8, (triton.cdiv(outs, c["BN"]) * triton.cdiv(tokens, c["BM"]), c["SPLIT"]), config,
         codes.contiguous(), token_scale, token_zero, weight, scale, total, bias, factor, residual, y, parts,
         tokens, outs, columns, groups,
-        BITS=bits, GROUP=group, TOKEN_GROUPS=groups > 1, PTX=codes.is_cuda, ACTIVATION=activation, **c,
+        BITS=bits, GROUP=group, TOKEN_GROUPS=groups > 1, PTX=on_gpu(codes), ACTIVATION=activation, **c,
     )  # fmt: skip
     if parts is not None:
         split_k.finish(parts, y.view(tokens, outs), bias, factor, residual, activation)
