@@ -33,6 +33,8 @@ REPEATS = (
 """ops that may stand between a cache and the product that reads it: a head shared by several query heads, and turned keys"""
 CASTS = ("aten.to", "aten._to_copy", "aten.dropout", "aten.detach")
 """ops that change no score"""
+LONG = 1 << 17
+"""window of a model that does not name its own"""
 NEVER = -1e4
 """what a mask adds at most where it hides a place"""
 
@@ -187,8 +189,8 @@ def _causal(model: Model, mask: Mask) -> bool:
     """Whether a mask hides exactly the tokens behind each query's own: several new tokens behind a short past and behind none, and one
     at the end of the model's window, where an attention to the nearest tokens alone would differ.
     """
-    window = model.text.window if model.text is not None else 0
-    return all(_hides_the_future(model, mask, past, new) for past, new in ((3, 5), (0, 4), (max(window, 64) - 1, 1)))
+    window = model.text.window if model.text is not None else LONG
+    return all(_hides_the_future(model, mask, past, new) for past, new in ((3, 5), (0, 4), (max(window, 2) - 1, 1)))
 
 
 def _hides_the_future(model: Model, mask: Mask, past: int, new: int) -> bool:
