@@ -41,7 +41,7 @@ LEAST = 1e-30
 """a largest magnitude below which integer codes are 0 and their scale 1: the reciprocal of the scale stays a float32"""
 PER_TENSOR = -1
 LARGEST_BLOCK = 1 << 14
-"""of a rotation: two factors of order 128"""
+"""of a rotation: what the registers of a multiprocessor hold"""
 
 
 def takes_rotation(block: int) -> bool:

@@ -1,7 +1,7 @@
 """The kernel of `planish::gpu_quantize_tokens` (kernels/gpu/quantize_tokens.py): a token is read once and its codes written once.
 
 A program holds ROWS tokens as a tile (ROWS, GROUPS, GROUP) in registers. A rotation multiplies the tile by Sylvester's matrices on tensor
-cores, one or two factors of order 16 to 128, whose entries are computed; h goes in as the sum of two bfloat16, which leaves 2^-16 of it.
+cores, one to three factors of order 16 to 64, whose entries are computed; h goes in as the sum of two bfloat16, which leaves 2^-16 of it.
 """
 
 from __future__ import annotations
@@ -43,18 +43,31 @@ def times(h, matrix):
 
 
 @triton.jit
+def turned(h, SIZE: tl.constexpr, BLOCK: tl.constexpr, FACTOR: tl.constexpr):
+    """SIZE values in blocks (BLOCK / FACTOR, FACTOR): the last dimension by Sylvester's matrix of order FACTOR, then in front: (SIZE,)."""
+    ORDER: tl.constexpr = FACTOR if FACTOR > 16 else 16  # pyright: ignore[reportAssignmentType]
+    z = times(tl.reshape(h, (SIZE // ORDER, ORDER)), sylvester(ORDER, FACTOR))
+    z = tl.reshape(z, (SIZE // BLOCK, BLOCK // FACTOR, FACTOR))
+    return tl.reshape(tl.trans(z, 0, 2, 1), (SIZE,))
+
+
+@triton.jit
 def rotated(h, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """The tile's SIZE values, a power of two, in blocks of BLOCK by the orthogonal matrix."""
-    if BLOCK <= 128:
-        ORDER: tl.constexpr = BLOCK if BLOCK > 16 else 16  # pyright: ignore[reportAssignmentType]
-        z = times(tl.reshape(h, (SIZE // ORDER, ORDER)), sylvester(ORDER, BLOCK))
+    """The tile's SIZE values, a power of two, in blocks of BLOCK by the orthogonal matrix: (SIZE,).
+
+    It is the Kronecker product of one to three factors of order 64 at most; each turn brings the next one to the end, the last turn all
+    of them back into order.
+    """
+    if BLOCK <= 64:
+        z = turned(h, SIZE, BLOCK, BLOCK)
+    elif BLOCK <= 1024:
+        LAST: tl.constexpr = 16 if BLOCK <= 256 else 32  # pyright: ignore[reportAssignmentType]
+        z = turned(turned(h, SIZE, BLOCK, LAST), SIZE, BLOCK, BLOCK // LAST)
     else:
-        RIGHT: tl.constexpr = 16 if BLOCK == 256 else (32 if BLOCK <= 1024 else (64 if BLOCK <= 4096 else 128))  # pyright: ignore[reportAssignmentType]  # fmt: skip
-        LEFT: tl.constexpr = BLOCK // RIGHT
-        z = times(tl.reshape(h, (SIZE // RIGHT, RIGHT)), sylvester(RIGHT, RIGHT))
-        z = tl.trans(tl.reshape(z, (SIZE // BLOCK, LEFT, RIGHT)), 0, 2, 1)  # (blocks, RIGHT, LEFT)
-        z = times(tl.reshape(z, (SIZE // LEFT, LEFT)), sylvester(LEFT, LEFT))
-        z = tl.trans(tl.reshape(z, (SIZE // BLOCK, RIGHT, LEFT)), 0, 2, 1)
+        THIRD: tl.constexpr = 16 if BLOCK <= 4096 else 32  # pyright: ignore[reportAssignmentType]
+        FIRST: tl.constexpr = 16  # pyright: ignore[reportAssignmentType]
+        SECOND: tl.constexpr = BLOCK // (FIRST * THIRD)
+        z = turned(turned(turned(h, SIZE, BLOCK, THIRD), SIZE, BLOCK, SECOND), SIZE, BLOCK, FIRST)
     return z * (1.0 / tl.sqrt(BLOCK * 1.0))
 
 
@@ -139,7 +152,7 @@ def _tile(m: int, k: int, columns: int, group: int) -> tuple[dict[str, int], int
 def default(core: Core, m: int, n: int, k: int, group: int = 0, block: int = 0) -> Config:
     """One token a program, more where they are short, for m tokens of k channels in rows of n codes; 16 values of a thread."""
     tile, width = _tile(m, k, n, group)
-    least = 16 * max(block, 16) if 0 < block <= 128 else 512  # the product of a rotation has 16 rows at least
+    least = max(512, 16 * block) if 0 < block <= 64 else 512  # the product of a rotation has 16 rows at least
     rows = max(1, min(least // width, triton.next_power_of_2(m))) if not block else max(1, least // width)
     warps = max(1, min(16 if width < (1 << 15) else 32, rows * width // 512))
     return Config("rows", {"ROWS": rows, **tile}, warps if not block else max(4, warps), 1)

@@ -19,7 +19,7 @@ L2, L2_ONE, DRAM = 4200, 64, 1900
 """bytes in a clock: from L2 to all multiprocessors, to one, from memory; of the order of an H100's, to be replaced by tuned tables"""
 WAIT, LATENCY, START = 300, 1000, 2500
 """clocks: of a step's barriers and copies when nothing else runs meanwhile, until bytes arrive, of a launch"""
-REGISTERS, OTHERS = 1 << 16, 72
+REGISTERS, OTHERS = 1 << 16, 60
 """registers of a multiprocessor; those of a thread besides its sums"""
 MOST_SUMS = 128
 """of a thread"""

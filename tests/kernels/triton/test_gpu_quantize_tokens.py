@@ -50,7 +50,7 @@ def decoded(codes, scale, zero, group, channels):
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("channels", [48, 300, 1000])
+@pytest.mark.parametrize("channels", [48, 1000])
 @pytest.mark.parametrize(("format", "group"), [("int8", 0), ("int4", 0), ("int8", 32), ("int4", 96), ("int8", -1)])
 def test_rounding_alone_is_exact(dtype, channels, format, group):
     x, columns = tokens(17, channels, dtype), -(-channels // 128) * 128
@@ -96,7 +96,10 @@ def test_a_norm_before_it(count, norm, group):
     assert ((decoded(*ours[:3], group, channels) - h).abs() <= 0.5 * step * (1 + 1e-3) + 1e-4).all()
 
 
-@pytest.mark.parametrize(("channels", "block"), [(48, 16), (64, 4), (192, 64), (512, 512), (768, 256), (4096, 4096)])
+@pytest.mark.parametrize(
+    ("channels", "block"),
+    [(48, 16), (64, 4), (192, 64), (640, 128), (512, 512), (768, 256), (2048, 2048), (4096, 4096), (8192, 8192)],
+)
 @pytest.mark.parametrize("signed", [False, True])
 def test_a_rotation_before_it(channels, block, signed):
     x = tokens(3, channels, torch.float32)
