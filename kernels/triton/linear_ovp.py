@@ -167,7 +167,7 @@ def default(core: Core, m: int, n: int, k: int, form: str = "int4", kind: torch.
     split = 1
     while tiles * split * 2 <= (3 if m <= 64 else 1) * core.multiprocessors and split * 4 <= steps and split < 16:
         split *= 2
-    block_k = 32 if kind == torch.float32 or form == "int8" else STEP  # pairs whose values stand in registers together
+    block_k = 32 if kind == torch.float32 or form != "int4" else STEP  # pairs whose values stand in registers together
     tile = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "SPLIT": split}
     return Config("gemm", tile, warps, stages)
 
