@@ -8,7 +8,7 @@ from ..gpu.core import Core
 from . import linear_wna16
 from .ahead import Variant
 from .config import Config, core_of, tuned
-from .linear_wna16 import DEQUANTIZE, Stored, product, variant
+from .linear_wna16 import DEQUANTIZE, FUSED, Stored, product, recorded, variant
 
 
 def run(
@@ -27,7 +27,10 @@ def run(
     """(..., in) -> (..., out) in the type of x; the arguments as kernels/gpu/linear_codebook.py stores them."""
     n, k = len(row), x.shape[-1]
     core = core_of(x)
-    config = DEQUANTIZE if x.dtype == torch.float32 else choose(core, x.numel() // k, n, k, format, group)
+    m = x.numel() // k
+    config = DEQUANTIZE if x.dtype == torch.float32 else choose(core, m, n, k, format, group)
+    if config.form == "dequantize" and recorded():
+        config = default(core, min(m, FUSED), n, k, format, group)
     stored = Stored(codes, scale, None, row, 4, group, format=format, table=table)
     return product(config, core, x, stored, (bias, factor, residual), activation)
 

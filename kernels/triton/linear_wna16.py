@@ -15,6 +15,21 @@ dequantize  Many tokens: W in 16 bits once, then torch.matmul.
 Where a group is at least a block's step along the inputs (AFTER), codes less zero points are multiplied as exact small
 integers in 16 bits, and the scale is applied to the float32 sum of each group: one multiplication an output and group, not one a
 weight, and nothing is rounded. Else weights are scaled, in 16 bits, before the product.
+
+Instructions. An H100 delivers 29 weights of four bits a clock to each multiprocessor (3.35 TB/s, 132 of them, 1.75 GHz), which issues 128
+thread instructions a clock, 64 of them on the integer units. What ahead.compile_all shows of the main loop of `small`, one token in
+bfloat16, 4096 x 4096, thread instructions a weight; codes and x arrive by LDGSTS.128 and leave shared memory by LDS.128 and LDSM:
+
+                      sm_90  all  integer units    sm_80  all  integer units
+    w4 g128             2.7       0.9                3.3       1.4              shift, mask (two on sm_80), subtraction of a pair
+    w8 g32              7.6       1.3                7.5       1.5              through float32; 14.5 weights a clock
+    nf4 g64             5.5       2.6                4.4       2.6              codebook.py
+    nvfp4 g16           5.6       1.9                5.6       1.9              and a product of each pair with its scale
+
+So codes of four bits keep up with memory with a third of the issue slots to spare; NF4 and NVFP4 are bound by
+instructions, at about 0.8 of memory's rate.
+Integer units: LOP3, SHF, PRMT of unpacking. `middle` is wgmma with the left operand in registers on sm_90 (HGMMA m64n64k16 and m64n128k16), mma.sync
+elsewhere, where two rows of warps share the tile and Triton passes 16-bit weights through shared memory once.
 """
 
 from __future__ import annotations
@@ -33,6 +48,7 @@ from .codebook import loaded
 from .config import Config, core_of, launch, on_gpu, tuned
 from .dequantize import again, by_group, by_row, weights
 from .epilogue import store
+from .record import OPEN
 
 
 @triton.jit
@@ -298,9 +314,17 @@ def run(
     """(..., in) -> (..., out) in the type of x; the arguments as kernels/gpu/linear_wna16.py stores them."""
     n, k = len(row), x.shape[-1]
     core = core_of(x)
-    config = DEQUANTIZE if x.dtype == torch.float32 else choose(core, x.numel() // k, n, k, bits, group)
+    m = x.numel() // k
+    config = DEQUANTIZE if x.dtype == torch.float32 else choose(core, m, n, k, bits, group)
+    if config.form == "dequantize" and recorded():
+        config = default(core, min(m, FUSED), n, k, bits, group)
     stored = Stored(codes, scale, zero, row, bits, group, fraction)
     return product(config, core, x, stored, (bias, factor, residual), activation)
+
+
+def recorded() -> bool:
+    """Whether launches are noted for another runtime (record.py), which has no product of torch's."""
+    return OPEN.get() is not None
 
 
 @dataclass(frozen=True)
@@ -363,7 +387,7 @@ def product(
             return torch.matmul(x2, whole.t(), out=y.view(m, n)).view_as(y)
         split_k.finish(torch.matmul(x2, whole.t())[None], y.view(m, n), *ends, activation)
         return y
-    if k % 16:  # rows that begin at 32 bytes are read 16 bytes at a time
+    if k % 16 and not recorded():  # rows that begin at 32 bytes are read 16 bytes at a time
         x2 = F.pad(x2, (0, -k % 16))
     slices = c.get("S", 1)
     steps = triton.cdiv(triton.cdiv(tiles, slices * c["J"]), c["PARTS"])
@@ -391,6 +415,8 @@ def _after(tiles: int, bits: int, group: int, block_m: int) -> bool:
 
 DEQUANTIZE = Config("dequantize", {"T": 4, "J": 2}, 4, 1)
 """the third form"""
+FUSED = 1024
+"""tokens beyond which weights are dequantized first"""
 
 
 def choose(core: Core, m: int, n: int, k: int, bits: int, group: int) -> Config:
@@ -403,7 +429,7 @@ def default(core: Core, m: int, n: int, k: int, bits: int = 4, group: int = 128)
 
     As many outputs a block as leave a block for each multiprocessor, since every block reads all of x; then parts of the sum.
     """
-    if m > 1024:
+    if m > FUSED:
         return DEQUANTIZE
     tiles, rows = triton.cdiv(k, 256 // bits), triton.cdiv(n, 16)
     step = max(1, min(2, group * bits // 256))  # tiles of inputs: in one group, and at most two
@@ -412,14 +438,17 @@ def default(core: Core, m: int, n: int, k: int, bits: int = 4, group: int = 128)
         t = 1
         while t < 4 and rows >= 2 * t * 0.9 * core.multiprocessors:
             t *= 2
-        j = step if tiles >= 8 * step * 4 else 1
+        waves = (
+            triton.cdiv(rows, t) > core.multiprocessors
+        )  # then two blocks share a multiprocessor: one loads as the other ends
+        j = step if tiles >= 8 * step * 4 and not waves else 1
         blocks, steps, warps = triton.cdiv(rows, t), triton.cdiv(tiles, 8 * j), 8
         words = 1 if _after(j, bits, group, block_m) else j * max(1, 256 // bits // group)
         stage = 8 * (
             j * (t * 512 + 256 // bits * block_m * 2) + 2 * t * words * 128
         )  # bytes of codes, x, scales and zero points
         constants = {"S": 8, "T": t, "J": j, "BLOCK_M": block_m}
-        form, deepest = "small", 6
+        form, deepest, budget = "small", 6, core.shared_bytes // (2 if waves else 1)
     else:
         block_m = max(32, min(128, triton.next_power_of_2(m)))
         t, warps = (8, 8) if m > 256 else (4, 4)
@@ -428,7 +457,7 @@ def default(core: Core, m: int, n: int, k: int, bits: int = 4, group: int = 128)
         blocks, steps = triton.cdiv(rows, t) * triton.cdiv(m, block_m), triton.cdiv(tiles, j)
         stage = j * (t * 512 + 256 // bits * block_m * 2)
         constants = {"T": t, "J": j, "BLOCK_M": block_m}
-        form, deepest = "middle", 4
+        form, deepest, budget = "middle", 4, core.shared_bytes
     parts = 1
     while (
         parts < 16
@@ -436,7 +465,7 @@ def default(core: Core, m: int, n: int, k: int, bits: int = 4, group: int = 128)
         and steps >= 4 * parts
     ):
         parts *= 2
-    buffers = core.shared_bytes * 19 // 20 // stage
+    buffers = budget * 19 // 20 // stage
     stages = max(
         2, min(deepest, buffers + 1 if form == "small" else buffers)
     )  # wgmma reads x where it lies: one buffer more

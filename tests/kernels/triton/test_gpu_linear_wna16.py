@@ -151,3 +151,81 @@ def test_every_form_is_within_its_bound_and_near_the_reference(case, form):
     assert (
         (got.float() - reference.float()).abs() <= 2 * error
     ).all() and u  # reference and kernel differ by their roundings
+
+
+@pytest.mark.parametrize("form", ("small", "middle", "dequantize"))
+def test_the_epilogue_is_applied_once(form):
+    """Bias, activation, factor and residual, where the sum is split over blocks too."""
+    given = layer(20, 128, 4, 64, "none")
+    packed = gpu.LinearWna16().pack(given, HOPPER)
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(2, 3, 128, generator=generator).half() * 0.1
+    bias = torch.randn(20, generator=generator)
+    factor, residual = (torch.randn(2, 3, 20, generator=generator).half() for _ in range(2))
+    reference = gpu.reference(x, *arguments(packed), bias, factor, residual, "silu")
+    for parts in (1, 2) if form != "dequantize" else (1,):
+        c = {**FORMS[form].constants, "PARTS": parts} if form != "dequantize" else FORMS[form].constants
+        config = Config(form, c, FORMS[form].warps, FORMS[form].stages)
+        got = triton_op.product(config, HOPPER, x, stored(packed), (bias, factor, residual), "silu")
+        torch.testing.assert_close(got, reference, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("tokens", (0, 1, 17, 130))
+def test_run_chooses_a_form_and_floats_of_32_bits_are_taken(tokens):
+    given = layer(17, 96, 4, 32, "codes")
+    packed = gpu.LinearWna16().pack(given, HOPPER)
+    x = torch.randn(tokens, 96, generator=torch.Generator().manual_seed(1))
+    for dtype in (torch.float16, torch.float32) if tokens < 130 else (torch.float16,):
+        got = triton_op.run(x.to(dtype), *arguments(packed), None, None, None, "")
+        assert got.shape == (tokens, 17) and got.dtype == dtype
+        if tokens:
+            y, scaled, moved = exact(given, x.to(dtype))
+            u = UNIT.get(dtype, 2.0**-22)
+            assert ((got - y).abs() <= (2.0**-11 + 3 * u + 96 * 2.0**-22) * (scaled + moved) + u * y.abs()).all()
+
+
+def test_equal_layers_store_equal_bytes_and_equal_inputs_give_equal_outputs():
+    first, second = (gpu.LinearWna16().pack(layer(33, 128, 4, 32, "float"), HOPPER) for _ in range(2))
+    assert (
+        all(torch.equal(first.tensors[n], second.tensors[n]) for n in first.tensors)
+        and first.attributes == second.attributes
+    )
+    x = torch.randn(2, 128, generator=torch.Generator().manual_seed(1)).half()
+    a, b = (triton_op.product(FORMS["small_two_tiles"], HOPPER, x, stored(first), (None,) * 3, "") for _ in range(2))
+    assert torch.equal(a, b)
+
+
+def test_stored_bytes_are_those_of_the_codes_and_two_for_each_scale():
+    packed = gpu.LinearWna16().pack(layer(64, 512, 4, 128, "none"), HOPPER)
+    assert packed.tensors["codes"].nbytes == 64 * 512 // 2
+    assert packed.tensors["scale"].nbytes == 64 * 4 * 2
+    assert packed.tensors["row"].nbytes == 64 * 4
+
+
+def test_what_no_kernel_takes_is_refused():
+    refuses = gpu.LinearWna16().refuses
+    assert "multiples of 16" in (refuses(layer(16, 96, 4, 24, "none"), HOPPER) or "")
+    odd = layer(16, 64, 4, 32, "float")
+    odd.tensors["zero_point"][0, 0] = -200.0
+    assert "zero point" in (refuses(odd, HOPPER) or "")
+
+
+@pytest.mark.parametrize("core", CORES.values(), ids=CORES)
+def test_defaults_and_candidates_fit_the_core(core):
+    for m, n, k in itertools.product((1, 5, 16, 40, 128, 600, 5000), (16, 1024, 4096, 14336), (128, 4096, 14336)):
+        for bits, group in ((4, 128), (4, 32), (8, 128), (2, 64)):
+            chosen = triton_op.default(core, m, n, k, bits, group)
+            assert chosen.form in ("small", "middle", "dequantize") and chosen.stages >= 1
+            assert chosen.warps % 4 == 0 and chosen.constants.get("PARTS", 1) <= 16
+        tried = triton_op.candidates(core, m, n, k)
+        assert 1 <= len(tried) <= 40 and chosen is not None
+
+
+def test_a_program_for_another_runtime_holds_no_product_of_torch():
+    from planish.kernels.triton import record
+
+    packed = gpu.LinearWna16().pack(layer(32, 128, 4, 128, "none"), HOPPER)
+    names = ("codes", "scale", "zero", "row", "bits", "group", "fraction", "bias", "factor", "residual", "activation")
+    values = dict(zip(names, (*arguments(packed), None, None, None, ""), strict=True))
+    program = record.record("linear_wna16", triton_op.run, {"x": torch.zeros(4096, 128).half(), **values}, HOPPER)
+    assert [launch.variant.kernel for launch in program.launches] == ["middle"]
