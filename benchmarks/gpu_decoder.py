@@ -15,10 +15,8 @@ from pathlib import Path
 
 import planish
 import torch
-from planish.compress import program_file
-from planish.compress.model import Model, from_program
 from planish.export import artifact
-from planish.runtimes import cuda_decode, cuda_device
+from planish.runtimes import cuda, cuda_decode, cuda_device
 
 LARGE = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256}  # fmt: skip
 """Llama-3.2-1B"""
@@ -35,20 +33,10 @@ def checkpoint(folder: Path, shape: dict[str, int]) -> None:
     transformers.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
 
 
-def program(folder: Path) -> Model:
-    """The program of an artifact."""
-    item = artifact.load(folder)
-    names = tuple(o["name"] for o in item.outputs)
-    model = from_program(program_file.load(folder / "model.pt2"), tuple(i["name"] for i in item.inputs), str(folder))
-    from dataclasses import replace
-
-    return replace(model, names=names)
-
-
 def decoder(folder: Path, device: str) -> cuda_decode.Decoder:
     """An artifact's decode program, captured in a CUDA graph on a GPU, with a prompt read."""
-    made = cuda_decode.static(program(folder))
-    made.graph.to(device)
+    model = cuda.read(artifact.load(folder))
+    made = cuda_decode.static(cuda.on(model, torch.device("cuda", 0)) if device == "cuda" else model)
     capture = (lambda step: cuda_device.Captured(step).replay) if device == "cuda" else None
     found = cuda_decode.Decoder(made, PROMPT + STEPS + 1, device, capture)
     found.read(torch.randint(0, 500, (1, PROMPT), generator=torch.Generator().manual_seed(0)))
@@ -79,7 +67,7 @@ def measure(shape: dict[str, int], target: str, device: str) -> tuple[float, flo
         planish.export(str(root / "hf"), target=target, format="pt2", output=root / "base")
         both = [decoder(root / name, device) for name in ("ours", "base")]
         rates: list[list[float]] = [[], []]
-        for _ in range(ROUNDS):
+        for _ in range(ROUNDS if device == "cuda" else 1):
             for index, item in enumerate(both):
                 rates[index].append(rate(item, device))
         return statistics.median(rates[0]), statistics.median(rates[1])
