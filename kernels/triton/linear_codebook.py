@@ -51,9 +51,9 @@ def candidates(core: Core, m: int, n: int, k: int, format: str = "nf4", group: i
 
 
 def variants(core: Core) -> list[Variant]:
-    """NF4 at 1 and 128 tokens and NVFP4 at 1 token of 4096 x 4096, and dequantization of NF4."""
+    """NF4 and NVFP4 at one token of 4096 x 4096."""
     found = []
-    for m, format, group in ((1, "nf4", 64), (128, "nf4", 64), (1, "nvfp4", 16)):
-        config = default(core, m, 4096, 4096, format, group)
-        found.append(variant(core, config, f"{format}, {m} tokens", 4, group, format=format))
-    return [*found, variant(core, DEQUANTIZE, "nf4 to bfloat16", 4, 64, format="nf4")]
+    for format, group in (("nf4", 64), ("nvfp4", 16)):
+        config = default(core, 1, 4096, 4096, format, group)
+        found.append(variant(core, config, f"{format}, 1 token", 4, group, format=format))
+    return found

@@ -510,9 +510,9 @@ def candidates(core: Core, m: int, n: int, k: int, bits: int = 4, group: int = 1
 
 
 def variants(core: Core) -> list[Variant]:
-    """w4a16 g128 of 4096 x 4096 at 1, 16, 128 and 1024 tokens, w8a16 g32 with zero points between codes, and dequantization."""
+    """w4a16 g128 of 4096 x 4096 at 1 and 128 tokens, w8a16 g32 with zero points between codes, and dequantization."""
     found = []
-    for m, bits, group, fraction in ((1, 4, 128, False), (16, 4, 128, False), (128, 4, 128, False), (1024, 4, 128, False), (1, 8, 32, True)):  # fmt: skip
+    for m, bits, group, fraction in ((1, 4, 128, False), (128, 4, 128, False), (1, 8, 32, True)):
         config = default(core, m, 4096, 4096, bits, group)
         found.append(variant(core, config, f"w{bits}a16 g{group}, {m} tokens", bits, group, fraction))
     return [*found, variant(core, DEQUANTIZE, "w4 g128 to bfloat16", 4, 128)]
