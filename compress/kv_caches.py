@@ -199,6 +199,7 @@ def _hides_the_future(model: Model, mask: Mask, past: int, new: int) -> bool:
     seen = torch.arange(past + new) <= torch.arange(past, past + new)[:, None]  # (new, past + new)
     if value is None or value.shape[-2:] != seen.shape:
         return False
+    value = value.cpu()  # a program that was moved makes its mask on its own device
     if value.dtype == torch.bool:
         return bool((value == (seen ^ mask.hides)).all())
     return bool((value.masked_fill(~seen, 0.0) == 0).all() and (value.masked_fill(seen, NEVER) <= NEVER).all())

@@ -75,9 +75,11 @@ def _owner(codes: Node) -> str:
 
 
 def unfused(model: Model) -> tuple[tuple[str, str], ...]:
-    """(layer, reason) of rotations that no rounding has taken over."""
+    """(node, reason) of rotations that no rounding has taken over: where none follows, and in blocks that are no power of two."""
     rotations = (n for n in model.graph.graph.nodes if layers.op(n) == "planish.hadamard")
-    return tuple((n.name, "this rotation stands before no rounding that would take it over") for n in rotations)
+    return tuple(
+        (n.name, f"no kernel takes over its rotation in blocks of {layers.argument(n, 'block')}") for n in rotations
+    )
 
 
 def described(module: GraphModule, node: Node) -> Layer:

@@ -8,7 +8,6 @@ token is a shape. The same program reads a prompt of any length and continues it
 
 from __future__ import annotations
 
-import copy
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -70,7 +69,7 @@ class Static:
 
 def static(model: Model) -> Static:
     """The program with caches of fixed size. Raises PlanishError, one clause, for a program that is no plain causal decoder."""
-    model = narrow_states(replace(model, graph=copy.deepcopy(model.graph), mapped=()))
+    model = narrow_states(replace(model.editable(), mapped=()))  # its tensors are shared, not copied
     found = kv_caches.find(model)
     if not found or model.inputs[0].name != "input_ids" or len(model.inputs) != 1 + 2 * len(found):
         raise PlanishError(f"'{model.source}' takes other inputs than tokens, keys and values")

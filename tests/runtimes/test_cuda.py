@@ -8,8 +8,8 @@ import pytest
 import torch
 from planish import pipeline
 from planish.common.errors import PlanishError
+from planish.compress import layers, program_file
 from planish.compress import load as loading
-from planish.compress import program_file
 from planish.compress.evaluation import language
 from planish.compress.model import from_program, trace
 from planish.compress.passes import Context
@@ -112,13 +112,23 @@ def rewritten(model, tmp_path, *steps):
     return stored(gpu_program.rewrite(model, CORES["sm_90"]).model, tmp_path)
 
 
+@pytest.fixture(scope="module")
+def program(model, tmp_path_factory):
+    """Its program for a GPU with 4-bit weights, from a file."""
+    return rewritten(model, tmp_path_factory.mktemp("program"), RoundToNearest(bits=4, group=32))
+
+
 @pytest.mark.parametrize("form", ["none", "int8", "e4m3"])
-def test_decoding_in_place_gives_the_functional_tokens(model, tmp_path, form):
-    steps = [RoundToNearest(bits=4, group=32)] + ([] if form == "none" else [KvCache(format=form)])
-    program = rewritten(model, tmp_path, *steps)
+def test_decoding_in_place_gives_the_functional_tokens(model, program, tmp_path, form):
+    if form != "none":
+        program = rewritten(model, tmp_path, KvCache(format=form))
     prompt, count = [5, 17, 30, 22, 9], 16
     static = cuda_decode.static(program)
     assert [s.format for s in static.shapes] == [form] * 2 and static.dtype == torch.bfloat16
+    turned = [
+        n for n in static.graph.graph.nodes if layers.op(n).startswith("planish.gpu_") and "_decode" in str(n.target)
+    ]
+    assert len(turned) == 2 and all(layers.argument(n, "cos") is not None for n in turned)
     decoder = cuda_decode.Decoder(static, len(prompt) + count)
     got = [decoder.read(torch.tensor([prompt])), *(decoder.next() for _ in range(count))]
     reference = language(program)
@@ -131,8 +141,8 @@ def test_decoding_in_place_gives_the_functional_tokens(model, tmp_path, form):
     assert max(margins) < (0.01 if form == "none" else 0.05)
 
 
-def test_a_sequence_rewinds_and_has_an_end(model, tmp_path):
-    static = cuda_decode.static(rewritten(model, tmp_path))
+def test_a_sequence_rewinds_and_has_an_end(program):
+    static = cuda_decode.static(program)
     decoder = cuda_decode.Decoder(static, 100)
     assert decoder.capacity == 128
     prompt = torch.tensor([[3, 1, 4, 1, 5]])
@@ -143,13 +153,15 @@ def test_a_sequence_rewinds_and_has_an_end(model, tmp_path):
         decoder.read(torch.zeros((1, 122), dtype=torch.int64))
 
 
-def test_capture_leaves_the_sequence_as_it_was(model, tmp_path):
+def test_capture_leaves_the_sequence_as_it_was(program):
     def capture(step):  # as a graph is captured: run a few times first
         for _ in range(4):
             step()
         return step
 
-    static = cuda_decode.static(rewritten(model, tmp_path))
+    static = cuda_decode.static(program)
+    shared = [t.data_ptr() for t in program.graph.state_dict().values()]
+    assert {t.data_ptr() for t in static.graph.state_dict().values()} <= set(shared)  # weights are there once
     plain, captured = cuda_decode.Decoder(static, 20), cuda_decode.Decoder(static, 20, capture=capture)
     prompt = torch.tensor([[3, 1, 4, 1, 5]])
     for decoder in (plain, captured):
@@ -163,9 +175,8 @@ def test_what_is_no_plain_decoder_is_refused():
         cuda_decode.static(image)
 
 
-def test_a_moved_program_makes_nothing_on_the_cpu(model, tmp_path):
+def test_a_moved_program_makes_nothing_on_the_cpu(program):
     """On a device without values every op must find its operands on one device."""
-    program = rewritten(model, tmp_path, RoundToNearest(bits=4, group=32))
     made = cuda.on(program, torch.device("meta"))
     feeds = [x.to("meta") for x in made.feeds({"input_ids": np.zeros((2, 5), np.int64)})]
     with torch.no_grad():
@@ -176,8 +187,7 @@ def test_a_moved_program_makes_nothing_on_the_cpu(model, tmp_path):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-def test_a_gpu_answers_as_the_reference_and_replays_its_tokens(model, tmp_path):
-    program = rewritten(model, tmp_path, RoundToNearest(bits=4, group=32))
+def test_a_gpu_answers_as_the_reference_and_replays_its_tokens(program):
     device = torch.device("cuda", 0)
     moved = cuda.on(program, device)
     feeds = program.feeds({"input_ids": np.array([[5, 17, 30, 22, 9]])})
