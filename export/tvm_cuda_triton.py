@@ -106,9 +106,10 @@ class _Carried(Lowering):
             self.carrier.plain[use.name] = reason or ""
             return [self._dense(use, layer, reason or "")]
         packed = op.pack(layer, self.carrier.core)
-        return [self._carry(use, layer, packed)]
+        return self._carry(use, layer, packed)
 
-    def _carry(self, use: Use, layer: gpu.Layer, packed: gpu.Packed) -> Any:
+    def _carry(self, use: Use, layer: gpu.Layer, packed: gpu.Packed) -> list[Any]:
+        """Outputs of the layer: y in float32, and what else the op gives."""
         from ..kernels.triton import record
 
         relax, shape = use.ir.relax, use.shape(X)
@@ -118,15 +119,15 @@ class _Carried(Lowering):
         inputs = {n: v for n, v in arguments.items() if isinstance(v, torch.Tensor)}
         read = {a.buffer for launch in program.launches for a in launch.arguments if isinstance(a, record.Pointer)}
         names = tuple(n for n in inputs if n in read)
-        (result,) = program.results
-        out = next(b for b in program.buffers if b.name == result)
+        by_name = {b.name: b for b in program.buffers}
+        out = by_name[program.results[0]]
         operands = []
         for name in names:
             if name == X:
                 operands.append(use.emit(relax.op.astype(use.tensors[X], _name(x.dtype))))
             else:
                 operands.append(use.constant(_bytes(inputs[name])))
-        types = [relax.TensorType(*_stored(b, b.name == result)) for b in program.buffers]
+        types = [relax.TensorType(*_stored(b, b.name in program.results)) for b in program.buffers]
         macs = math.prod(shape[:-1]) * out.shape[-1] * shape[-1]
         attributes = {  # equal layers share a function, which the digest makes sure of
             PROGRAM: _digest(repr(program)),
@@ -139,10 +140,10 @@ class _Carried(Lowering):
         stub = _function(use.ir, operands, program, {}, attributes)
         reference = use.builder.add_func(stub, use.op)
         made = use.emit(relax.call_tir(reference, relax.Tuple(operands), out_ty=types if len(types) > 1 else types[0]))
-        if len(types) > 1:
-            made = use.emit(relax.TupleGetItem(made, [b.name for b in program.buffers].index(result)))
+        places = [[b.name for b in program.buffers].index(r) for r in program.results]
+        results = [made] if len(types) == 1 else [use.emit(relax.TupleGetItem(made, p)) for p in places]
         self.carrier.sites.append(Site(use.name, use.op, reference.name_hint, program, names, macs))
-        return use.emit(relax.op.astype(made, "float32"))
+        return [use.emit(relax.op.astype(results[0], "float32")), *results[1:]]
 
     def _dense(self, use: Use, layer: gpu.Layer, reason: str) -> Any:
         """A product with the decoded weight in 16 bits. Raises PlanishError for an op that rounds its input."""
@@ -298,6 +299,8 @@ def _function(
 def _value(tirx: Any, kind: str, value: Any, buffers: Mapping[str, Any]) -> Any:
     """An argument of a launch as an expression on the host."""
     if kind.startswith("*"):
+        if not value.buffer:
+            return tirx.reinterpret("handle", tirx.const(0, "uint64"))
         buffer = buffers[value.buffer]
         if not value.offset:
             return buffer.data

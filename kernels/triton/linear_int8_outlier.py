@@ -127,13 +127,14 @@ def prepare(
             more, out, high, known = token(x_ptr, stored_ptr, flag_ptr, start, begin + first, columns, threshold)
             tl.store(target + begin + first, integer(more, out, inverse), begin + first < wide)
 
-    for begin in range(0, THICK, CHUNK):
-        place = begin + tl.arange(0, CHUNK)
-        column = tl.load(columns_ptr + place)
-        real = column < columns
-        if flag_ptr is not None:  # in this call it may be a column like others
-            real = real & (tl.load(flag_ptr + column, real, 0) != 0)
-        tl.store(thin_ptr + row.to(tl.int64) * THICK + place, tl.load(x_ptr + start + column, real, 0.0))
+    if columns_ptr is not None:  # a compiler reads the body of a loop without steps too
+        for begin in range(0, THICK, CHUNK):
+            place = begin + tl.arange(0, CHUNK)
+            column = tl.load(columns_ptr + place)
+            real = column < columns
+            if flag_ptr is not None:  # in this call it may be a column like others
+                real = real & (tl.load(flag_ptr + column, real, 0) != 0)
+            tl.store(thin_ptr + row.to(tl.int64) * THICK + place, tl.load(x_ptr + start + column, real, 0.0))
     any_beyond = beyond > 0  # pyright: ignore[reportOperatorIssue]
     tl.atomic_add(count_ptr + (row // inner) % size, beyond.to(tl.int64), any_beyond, sem="relaxed")
 

@@ -54,6 +54,10 @@ class Pointer:
     """bytes"""
 
 
+NOWHERE = Pointer("", 0)
+"""of a tensor without elements: null"""
+
+
 @dataclass(frozen=True)
 class Launch:
     """One kernel on one grid."""
@@ -146,7 +150,8 @@ class Recorder(TorchDispatchMode):
                 if pointer.offset % ALIGNED:
                     unaligned.append(name)
             elif isinstance(value, torch.Tensor):
-                raise PlanishError(f"the kernels of '{self.op}' cannot be carried: '{name}' is empty")
+                types[name] = POINTERS[value.dtype]
+                arguments.append(NOWHERE)
             elif name in compile_time or value is None or isinstance(value, (bool, str)):
                 fixed[name] = value
             elif isinstance(value, int):
@@ -178,7 +183,9 @@ def record(
     with _recording(Recorder(op, core, arguments, interpreted)) as recorder:
         found = run(*arguments.values())
     outputs = [recorder.place(t) for t in (found if isinstance(found, (tuple, list)) else (found,))]
-    buffers = tuple(recorder.buffers.values())
+    touched = {a.buffer for launch in recorder.launches for a in launch.arguments if isinstance(a, Pointer)}
+    touched |= {o.buffer for o in outputs}
+    buffers = tuple(b for b in recorder.buffers.values() if b.name in touched)
     if any(o.buffer not in recorder.buffers or o.offset for o in outputs):
         raise PlanishError(f"the kernels of '{op}' cannot be carried: an output is a part of another tensor")
     zeroing = [_zero(b) for b in buffers if b.zeroed]
@@ -223,6 +230,7 @@ def replay(program: Program, arguments: Mapping[str, Any]) -> list[torch.Tensor]
     for b in program.buffers:  # what nobody zeroed is not zero
         memory[b.name] = torch.full((math.prod(b.shape) * b.dtype.itemsize,), 0xA5, dtype=torch.uint8)
     dtypes = {name: dtype for dtype, name in POINTERS.items()}
+    memory[NOWHERE.buffer] = torch.empty(0, dtype=torch.uint8)
     for launch in program.launches:
         variant = launch.variant
         kernel = getattr(importlib.import_module(f".{variant.module}", __package__), variant.kernel)

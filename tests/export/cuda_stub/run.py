@@ -42,7 +42,8 @@ def triton(kernel, grid, arguments):
     values = dict(kernel["constants"])
     for (name, kind), argument in zip(kernel["types"].items(), arguments, strict=False):
         if kind.startswith("*"):
-            part = memory(pointer(argument))
+            address = pointer(argument)
+            part = torch.empty(0, dtype=torch.uint8) if address is None else memory(address)
             dtype = dtypes[kind]
             values[name] = part[: len(part) // dtype.itemsize * dtype.itemsize].view(dtype)
         else:
