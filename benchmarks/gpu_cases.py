@@ -98,6 +98,10 @@ def sparse(out: int, channels: int, bits: int = 16) -> Layer:
     return Layer("linear_sparse", "bench", tensors, {"activation_bits": bits})
 
 
+KINDS = (weight_only, nf4, w8a8, fp8, llm_int8, svd, ovp, sparse)
+"""one of each op"""
+
+
 @dataclass(frozen=True)
 class Case:
     """A layer on the device, packed for its core, in `copies` so that none of them stays in the cache."""

@@ -13,20 +13,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import gpu_cases
 import tune_gpu
 
-KINDS = (
-    gpu_cases.weight_only,
-    gpu_cases.nf4,
-    gpu_cases.w8a8,
-    gpu_cases.fp8,
-    gpu_cases.llm_int8,
-    gpu_cases.svd,
-    gpu_cases.ovp,
-    gpu_cases.sparse,
-)
-
 
 @pytest.mark.parametrize("core", CORES)
-@pytest.mark.parametrize("make", KINDS)
+@pytest.mark.parametrize("make", gpu_cases.KINDS)
 def test_the_node_of_a_random_layer_gives_the_definition(make, core):
     torch.manual_seed(0)
     if make is gpu_cases.fp8 and not CORES[core].fp8:
