@@ -22,6 +22,7 @@ from .common import files, memory, plugins
 from .common.errors import Missing, PlanishError, listed
 from .common.progress import say
 from .compress import compressed as compressed_model
+from .compress import cost as model_cost
 from .compress import diagnostics, evaluation, layers, onnx_file, program_file, text, tflite_import
 from .compress import forecast as forecasts
 from .compress import journal as journals
@@ -38,6 +39,7 @@ from .export import artifact as artifacts
 from .export import cost, metadata, packages
 from .export.artifact import Artifact
 from .export.format import Format, Source, Written
+from .export.interface import interface
 from .export.lowering import lowered, to_onnx
 from .runtimes import measure, ort, serial_line
 from .runtimes.session import Greedy, Profile, Runtime, Session
@@ -197,7 +199,7 @@ def export(
     packages.check(package, kind)
     samples = load_data(data) if data else None
     with tempfile.TemporaryDirectory() as scratch:
-        source, origin = _source(model, weights, inputs, samples, Path(scratch))
+        source, origin = _source(model, weights, inputs, samples, Path(scratch), writer.reads(device))
         if limits is not None:
             source, origin["budget"] = budgets.fit(source, device, limits)
             if data is None and "recipe" not in origin:
@@ -580,9 +582,14 @@ def _short(item: Input, values: np.ndarray) -> np.ndarray:
 
 
 def _source(
-    spec: str, weights: Path | None, inputs: Mapping[str, Input] | None, data: Data | None, scratch: Path
+    spec: str,
+    weights: Path | None,
+    inputs: Mapping[str, Input] | None,
+    data: Data | None,
+    scratch: Path,
+    graph: bool = True,
 ) -> tuple[Source, dict[str, Any]]:
-    """What to export, and what the manifest says of its origin."""
+    """What to export, and what the manifest says of its origin. Without `graph` a program stays one (export/interface.py)."""
     path = Path(spec)
     name = "".join(c if c.isalnum() else "_" for c in (path.stem if path.suffix else path.name) or "model").strip("_")
     name = name if name and name[0].isalpha() else f"model_{name}"
@@ -601,16 +608,18 @@ def _source(
         origin: dict[str, Any] = {k: item.manifest.get(k) for k in kept}
         origin["text"] = item.model.text
         origin["golden"] = {k: v for k, v in item.golden.items() if not k.startswith("input.")}
-        return _graphs(item.model, golden, name, path / compressed_model.PROGRAM), origin
+        return _graphs(item.model, golden, name, path / compressed_model.PROGRAM, graph), origin
     model = loading.load(spec, weights, inputs, data)
     samples = check(data, model.inputs) if data else None
     program = scratch / "model.pt2"
     program_file.save(model.program(), program)
-    return _graphs(model, _samples(model, samples), name, program), {"model": spec, "text": model.text}
+    return _graphs(model, _samples(model, samples), name, program, graph), {"model": spec, "text": model.text}
 
 
-def _graphs(model: Model, golden: Mapping[str, np.ndarray], name: str, program: Path) -> Source:
-    """The model as ONNX, with its fused ops lowered and, where it has any, as they are."""
+def _graphs(model: Model, golden: Mapping[str, np.ndarray], name: str, program: Path, wanted: bool) -> Source:
+    """The model as ONNX, with its fused ops lowered and, where it has any, as they are; its interface alone where that is not `wanted`."""
+    if not wanted:
+        return Source(interface(model), golden, name, program, origin=model.origin, macs=model_cost.macs(model))
     graph = to_onnx(model, lower=False)
     made = lowered(graph)
     size = sum(len(i.raw_data) for i in made.graph.initializer)
@@ -661,14 +670,16 @@ def _finish(
 ) -> dict[str, Any]:
     """Add golden.safetensors and manifest.json to a folder that a format has filled."""
     stored = origin.pop("golden", {})
-    session = ort.create(source.onnx.SerializeToString(), 1)
-    runtime = ort.run(session, source.golden_inputs)
+    runtime = None
+    if source.macs is None:
+        runtime = ort.run(ort.create(source.onnx.SerializeToString(), 1), source.golden_inputs)
     answers = runtime if written.answers is None else dict(written.answers)
+    assert answers is not None
     golden = {f"input.{k}": v for k, v in source.golden_inputs.items()}
     golden |= {f"expected.{k}": v for k, v in answers.items()}
     golden |= {k: v for k, v in stored.items() if k.startswith("original.")}
     compressed = {k.removeprefix("expected."): v for k, v in stored.items() if k.startswith("expected.")}
-    differences = {"onnxruntime": _worst(answers, runtime)}
+    differences = {} if runtime is None else {"onnxruntime": _worst(answers, runtime)}
     warnings = list(written.warnings)
     if compressed:
         differences["compressed_program"] = _worst(answers, compressed)
@@ -690,7 +701,7 @@ def _finish(
         "target": device.name,
         "inputs": written.inputs,
         "outputs": written.outputs,
-        "macs": cost.macs(source.onnx),
+        "macs": cost.macs(source.onnx) if source.macs is None else dict(source.macs),
         "max_error": written.max_error,
         "warnings": warnings,
         "golden_differences": differences,

@@ -49,6 +49,10 @@ DTYPES = ("float32", "float16", "bfloat16")
 class Bitsandbytes(Format):
     """A folder for transformers with bitsandbytes."""
 
+    def reads(self, target: Target) -> bool:
+        """Never: weights and their codes come from the program."""
+        return False
+
     def write(self, source: Source, target: Target, folder: Path) -> Written:
         """Write config.json, model.safetensors and what travels with them.
 

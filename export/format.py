@@ -20,7 +20,7 @@ class Source:
     """What is exported: the model as ONNX, and samples to prove the result with."""
 
     onnx: onnx.ModelProto
-    """float or QDQ, batch-dynamic where the model is"""
+    """float or QDQ, batch-dynamic where the model is; inputs, outputs and states alone for a format that `reads` no graph"""
     golden_inputs: Mapping[str, np.ndarray]
     """(n, ...) by input name"""
     name: str
@@ -29,6 +29,8 @@ class Source:
     """the compressed model's .pt2, when the source is one"""
     fused: onnx.ModelProto | None = None
     """`onnx` before its fused low-bit ops were lowered: one node of the domain planish each; None where there is none"""
+    macs: Mapping[str, int] | None = None
+    """multiply-accumulates of each layer for one sample; None: counted on `onnx`"""
     origin: Mapping[str, str] | None = None
     """small files of the Hugging Face folder that the model comes from, config.json among them, content by name"""
     graph: Graph | None = None
@@ -57,6 +59,10 @@ class Written:
 
 class Format(abc.ABC):
     """Writes an artifact's files. The pipeline adds manifest.json and golden.safetensors."""
+
+    def reads(self, target: Target) -> bool:
+        """Whether `write` reads the model as an ONNX graph; where it does not, a model of any size is taken."""
+        return True
 
     @abc.abstractmethod
     def write(self, source: Source, target: Target, folder: Path) -> Written:

@@ -34,6 +34,10 @@ class Pt2(Format):
     activations: Literal["bfloat16", "float16"] = "bfloat16"
     """of programs for a GPU; inputs and outputs keep their types"""
 
+    def reads(self, target: Target) -> bool:
+        """Not for a GPU, whose program is rewritten from the program itself."""
+        return target.kind != "gpu"
+
     def write(self, source: Source, target: Target, folder: Path) -> Written:
         """Copy the program, or rewrite it for a GPU (gpu.py).
 

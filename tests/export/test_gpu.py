@@ -15,7 +15,9 @@ from planish.compress.quantize.dynamic import Dynamic
 from planish.compress.quantize.kv_cache import KvCache
 from planish.compress.quantize.rtn import RoundToNearest
 from planish.export import gpu as gpu_program
-from planish.export import gpu_precision
+from planish.export import gpu_precision, lowering, metadata
+from planish.export.interface import interface
+from planish.export.onnx import describe
 from planish.export.pt2 import Pt2
 from planish.kernels.gpu import op as gpu_op
 from planish.kernels.gpu.core import CORES
@@ -245,3 +247,24 @@ def test_the_given_model_is_not_changed(decoder):
     before = [str(n) for n in decoder.graph.graph.nodes]
     gpu_program.rewrite(replace(decoder), HOPPER)
     assert [str(n) for n in decoder.graph.graph.nodes] == before
+
+
+def test_a_program_needs_no_onnx_file(exported, decoder, monkeypatch, tmp_path):
+    """Whatever 2 GiB say: the interface that ONNX would have, and no ONNX."""
+    model = applied(decoder, RoundToNearest(bits=4, group=32))
+    known, found = lowering.to_onnx(model), interface(model)
+    for a, b in ((known.graph.input, found.graph.input), (known.graph.output, found.graph.output)):
+        for old, new in zip([describe(v) for v in a], [describe(v) for v in b], strict=True):
+            fixed = [d for d in old["shape"] if isinstance(d, int)]
+            assert (old["name"], old["dtype"]) == (new["name"], new["dtype"])
+            assert fixed == [d for d in new["shape"] if isinstance(d, int)] and len(old["shape"]) == len(new["shape"])
+    assert describe(found.graph.output[1])["shape"][2] == "past + length"
+    assert metadata.get(known, metadata.STATES) == metadata.get(found, metadata.STATES)
+
+    def never(*_, **__):
+        raise AssertionError("no ONNX")
+
+    monkeypatch.setattr(pipeline, "to_onnx", never)
+    folder, _ = exported
+    made = pipeline.export(str(folder / "small"), target="cuda-sm90", output=tmp_path / "again")
+    assert made["format"] == "pt2"
