@@ -132,14 +132,13 @@ def linear(bench: Bench, section: str, make: Callable[[int, int], Layer], sizes:
     """Rows of one kind of layer, against bfloat16 or another layer."""
     for out, channels in sizes:
         layer = make(out, channels)
-        ours = cases.case(layer, bench.core, bench.device)
-        ours = cases.case(layer, bench.core, bench.device, bench.copies(ours.stored_bytes))
+        ours = cases.case(layer, bench.core, bench.device, bench.copies)
         if against is None:
             count = bench.copies(2 * out * channels)
             dense = [torch.randn(out, channels, dtype=torch.bfloat16, device=bench.device) for _ in range(count)]
             base: Sequence[Callable[[torch.Tensor], torch.Tensor]] = [partial(F.linear, weight=w) for w in dense]
         else:
-            other = cases.case(against(out, channels), bench.core, bench.device, len(ours.calls))
+            other = cases.case(against(out, channels), bench.core, bench.device, lambda _, ours=ours: len(ours.calls))
             base = other.calls
         for batch in batches:
             x = torch.randn(batch, channels, dtype=torch.bfloat16, device=bench.device)
@@ -253,16 +252,23 @@ def main() -> None:
     rows: list[Row] = []
     wrong = []
     for name in wanted:
-        for row in parts[name]():
-            show(row)
-            rows.append(row)
-            if row.error > TOLERANCE:
-                wrong.append(row)
-        _write(file, {"kind": "measured", "environment": said, "rows": [asdict(r) for r in rows], "goals": goals(rows)})
+        try:
+            for row in parts[name]():
+                show(row)
+                rows.append(row)
+                if row.error > TOLERANCE:
+                    wrong.append(f"{row.section}, {row.what}, batch {row.batch}: error {row.error:.2g}")
+                _write(
+                    file,
+                    {"kind": "measured", "environment": said, "rows": [asdict(r) for r in rows], "goals": goals(rows)},
+                )
+        except Exception as error:  # a section that fails is told, and the others are still measured
+            wrong.append(f"{name}: {type(error).__name__}: {str(error).strip().splitlines()[0][:200]}")
+            print(f"FAILED      {wrong[-1]}", flush=True)
     for goal in goals(rows):
         print(f"{'REACHED' if goal['reached'] else 'NOT reached':<12}{goal['section']}, {goal['goal']}: worst {goal['worst']:.2f} ({goal['at']})")  # fmt: skip
     if wrong:
-        sys.exit(f"{len(wrong)} results are wrong, first: {wrong[0]}")
+        sys.exit("wrong or failed:\n" + "\n".join(wrong))
 
 
 def _write(file: Path, content: dict[str, Any]) -> None:

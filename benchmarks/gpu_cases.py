@@ -104,7 +104,7 @@ KINDS = (weight_only, nf4, w8a8, fp8, llm_int8, svd, ovp, sparse)
 
 @dataclass(frozen=True)
 class Case:
-    """A layer on the device, packed for its core, in `copies` so that none of them stays in the cache."""
+    """A layer on the device, packed for its core, in copies so that none of them stays in the cache."""
 
     layer: Layer
     calls: tuple[Callable[..., torch.Tensor], ...]
@@ -112,23 +112,32 @@ class Case:
     stored_bytes: int
     """that one call reads besides x"""
 
-    def check(self, x: torch.Tensor) -> float:
+    def truth(self, x: torch.Tensor) -> torch.Tensor:
+        """The definition's answer for a few tokens and rows, float64 on the CPU."""
+        return definition(self.layer, x[:TOKENS], ROWS)
+
+    def check(self, x: torch.Tensor, truth: torch.Tensor | None = None) -> float:
         """Largest error of a few tokens and rows, relative to the largest true value there."""
+        truth = self.truth(x) if truth is None else truth
         y = self.calls[0](x)[:TOKENS, :ROWS].double().cpu()
-        truth = definition(self.layer, x[:TOKENS], ROWS)
         return float((y - truth).abs().max() / truth.abs().max())
 
 
-def case(layer: Layer, core: Core, device: torch.device, copies: int = 1, launched: bool = False) -> Case:
-    """Pack a layer and bind its node, or the kernel itself when `launched`. Raises ValueError where no kernel takes it."""
+def case(
+    layer: Layer, core: Core, device: torch.device, copies: Callable[[int], int] = lambda _: 1, launched: bool = False
+) -> Case:
+    """Pack a layer and bind its node, or the kernel itself when `launched`; `copies` says how many for the bytes of one.
+
+    Raises ValueError where no kernel takes it.
+    """
     kind = op.ops()[layer.op]
     reason = kind.refuses(layer, core)
     if reason is not None:
         raise ValueError(f"{layer.op}: {reason}")
     packed = kind.pack(layer, core)
     node = getattr(torch.ops.planish, f"gpu_{layer.op}").default
-    placed = [{n: t.to(device, copy=True) for n, t in packed.tensors.items()} for _ in range(copies)]
     size = sum(t.numel() * t.element_size() for t in packed.tensors.values())
+    placed = [{n: t.to(device, copy=True) for n, t in packed.tensors.items()} for _ in range(copies(size))]
     run = op.kernel(layer.op).run if launched else node
     return Case(layer, tuple(bound(node._schema, run, {**p, **packed.attributes}) for p in placed), size)
 

@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import itertools
 import json
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,8 @@ class Subject:
     """of the table"""
     more: tuple[Any, ...] = ()
     """arguments of `candidates` and `default` behind core, m, n, k"""
+    usual: Mapping[str, Any] = field(default_factory=dict)
+    """arguments of `default` alone"""
 
 
 SUBJECTS = {
@@ -53,41 +57,53 @@ SUBJECTS = {
     "llm_int8": Subject(gpu_cases.llm_int8, "linear_int8_outlier", "linear_int8_outlier"),
     "svd": Subject(gpu_cases.svd, "linear_svd", "linear_svd.w4a8.g64", (4, 64, 8)),
     "ovp": Subject(gpu_cases.ovp, "linear_ovp", "linear_ovp.int4.x8", ("int4", torch.int8)),
-    "sparse": Subject(gpu_cases.sparse, "linear_sparse", "linear_sparse.16", (16, torch.bfloat16)),
+    "sparse": Subject(gpu_cases.sparse, "linear_sparse", "linear_sparse.16", (16, torch.bfloat16), {"usable": True}),
 }
 """each is timed by its whole node: what quantizes x before the product is the same for every candidate"""
 
 
-def best(
-    bench: gpu.Bench, subject: Subject, made: gpu_cases.Case, out: int, channels: int, batch: int
-) -> tuple[Config, float, float] | None:
-    """(the fastest candidate, its milliseconds, those of the default); None where the default stays."""
-    module = importlib.import_module(f"planish.kernels.triton.{subject.module}")
-    given = (bench.core, batch, out, channels, *subject.more)
-    default = module.default(*given)
-    x = torch.randn(batch, channels, dtype=torch.bfloat16, device=bench.device)
-    found: list[tuple[float, Config]] = []
-    for candidate in [default, *(c for c in module.candidates(*given) if c != default)]:
-        with configs.forced(subject.key, candidate) as choice:
+class Tuned:
+    """One layer of one subject on the device, for every number of tokens."""
+
+    def __init__(self, bench: gpu.Bench, subject: Subject, out: int, channels: int) -> None:
+        self.bench, self.subject, self.out, self.channels = bench, subject, out, channels
+        self.module = importlib.import_module(f"planish.kernels.triton.{subject.module}")
+        self.case = gpu_cases.case(subject.make(out, channels), bench.core, bench.device, bench.copies)
+
+    def best(self, batch: int) -> tuple[Config, float, float] | None:
+        """(the fastest candidate, its milliseconds, those of the default); None where the default stays."""
+        given = (self.bench.core, batch, self.out, self.channels, *self.subject.more)
+        default = self.module.default(*given, **self.subject.usual)
+        x = torch.randn(batch, self.channels, dtype=torch.bfloat16, device=self.bench.device)
+        truth = self.case.truth(x)
+        found: list[tuple[float, bool, Config]] = []
+        for candidate in [default, *(c for c in self.module.candidates(*given) if c != default)]:
+            ms = self._milliseconds(candidate, x, truth)
+            if ms is not None:
+                found.append((ms, candidate == default, candidate))
+        if not found:
+            return None
+        ms, _, first = min(found, key=lambda f: f[0])
+        usual = next((t for t, own, _ in found if own), float("inf"))
+        return None if usual < ms * GAIN else (first, ms, usual)
+
+    def _milliseconds(self, candidate: Config, x: torch.Tensor, truth: torch.Tensor) -> float | None:
+        with configs.forced(self.subject.key, candidate) as choice:
             try:
-                error = made.check(x)
-                (ms,) = bench.times([[lambda call=call: call(x) for call in made.calls]])
+                error = self.case.check(x, truth)
+                (ms,) = self.bench.times([[partial(call, x) for call in self.case.calls]])
             except (
                 Exception
             ) as error:  # a candidate may ask for more than the card has; Triton raises many types for that
                 print(f"  left out: {candidate}: {type(error).__name__}: {str(error).splitlines()[0][:120]}")
                 torch.cuda.synchronize()
-                continue
+                return None
         if not choice.uses:
-            sys.exit(f"'{subject.module}' never asked for '{subject.key}': the key of this subject is wrong")
+            sys.exit(f"'{self.subject.module}' never asked for '{self.subject.key}': the key of this subject is wrong")
         if error > gpu.TOLERANCE:
             print(f"  WRONG by {error:.2g}: {candidate}")
-            continue
-        found.append((ms, candidate))
-    times = {id(c): t for t, c in found}
-    ms, first = min(found, key=lambda f: f[0])
-    usual = times.get(id(default), float("inf"))
-    return None if usual < ms * GAIN else (first, ms, usual)
+            return None
+        return ms
 
 
 def main() -> None:
@@ -107,26 +123,23 @@ def main() -> None:
     table = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"entries": {}}
     said = bench.environment()
     table |= {"card": said["card"], "triton": said["triton"], "cuda": said["cuda"], "driver": said["driver"]}
-    sizes = list(gpu.shapes(quick=False))
+    layers: dict[tuple[str, int, int], Tuned] = {}
     for batch in gpu.BATCHES:
-        for name in wanted:
-            for out, channels in sizes:
-                if time.monotonic() > end:
-                    sys.exit(f"time is up; {path} holds what was tuned")
-                subject = SUBJECTS[name]
-                made = gpu_cases.case(subject.make(out, channels), bench.core, bench.device)
-                made = gpu_cases.case(made.layer, bench.core, bench.device, bench.copies(made.stored_bytes))
-                found = best(bench, subject, made, out, channels, batch)
-                entries = table["entries"].setdefault(subject.key, {})
-                key = configs.bucket(batch, out, channels)
-                entries.pop(key, None)
-                if found is not None:
-                    config, ms, usual = found
-                    entries[key] = {**asdict(config), "ms": round(ms, 5), "default_ms": round(usual, 5)}
-                    print(f"{name} {key}: {usual:.4f} -> {ms:.4f} ms  {config}", flush=True)
-                path.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-                del made
-                torch.cuda.empty_cache()
+        for name, (out, channels) in itertools.product(wanted, gpu.shapes(quick=False)):
+            if time.monotonic() > end:
+                sys.exit(f"time is up; {path} holds what was tuned")
+            subject = SUBJECTS[name]
+            if (name, out, channels) not in layers:
+                layers[name, out, channels] = Tuned(bench, subject, out, channels)
+            found = layers[name, out, channels].best(batch)
+            entries = table["entries"].setdefault(subject.key, {})
+            key = configs.bucket(batch, out, channels)
+            entries.pop(key, None)
+            if found is not None:
+                config, ms, usual = found
+                entries[key] = {**asdict(config), "ms": round(ms, 5), "default_ms": round(usual, 5)}
+                print(f"{name} {key}: {usual:.4f} -> {ms:.4f} ms  {config}", flush=True)
+            path.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -33,8 +33,8 @@ def interface(model: Model) -> onnx.ModelProto:
     outputs = [
         (n, v.meta["val"]) for n, v in zip(output_names(model), tree_leaves(graph.output_node().args), strict=True)
     ]
-    sides = [[_value(name, value, named) for name, value in side] for side in (inputs, outputs)]
-    made = helper.make_model(helper.make_graph([], "interface", *sides))
+    taken, given_back = ([_value(name, value, named) for name, value in side] for side in (inputs, outputs))
+    made = helper.make_model(helper.make_graph([], "interface", taken, given_back))
     metadata.put(made, metadata.STATES, [i.name for i in model.inputs if i.state])
     return made
 

@@ -18,6 +18,8 @@ import torch
 
 from ..common.errors import PlanishError
 
+HANDING_OVER = 200_000
+"""clocks, about 0.1 ms: longer than the host takes to launch a graph"""
 WARMUP = 3
 """runs before a capture: kernels are compiled and libraries make their workspaces there"""
 
@@ -89,7 +91,10 @@ class Captured:
 
 
 def times(run: Callable[[], Any], runs: int, warmup: int, flush: bool = False) -> list[float]:
-    """Milliseconds of `runs` calls between two events each. `flush`: the second-level cache holds none of its data before."""
+    """Milliseconds of `runs` calls between two events each. `flush`: the second-level cache holds none of its data before.
+
+    The device is kept busy while a call is handed to it, so that the time of handing over is not counted.
+    """
     size = 2 * torch.cuda.get_device_properties(0).L2_cache_size
     scratch = torch.empty(size, dtype=torch.int8, device="cuda") if flush else None
     found: list[float] = []
@@ -97,6 +102,7 @@ def times(run: Callable[[], Any], runs: int, warmup: int, flush: bool = False) -
         if scratch is not None:
             scratch.zero_()
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda._sleep(HANDING_OVER)
         start.record()
         run()
         end.record()

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import abc
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -101,13 +101,23 @@ def register(schema: str, reference: Callable[..., Any], fake: Callable[..., Any
     name = schema.partition("(")[0]
     op = name.removeprefix("gpu_")
 
-    def launch(*args: Any) -> Any:
-        return kernel(op).run(*args)
-
     LIBRARY.define(schema)
+    names = [a.name for a in getattr(torch.ops.planish, name).default._schema.arguments]
+
+    def launch(*args: Any) -> Any:
+        return kernel(op).run(*in_rows(names, args))
+
     LIBRARY.impl(name, reference, "CPU")
     LIBRARY.impl(name, launch, "CUDA")
     torch.library.register_fake(f"planish::{name}", fake, lib=LIBRARY)
+
+
+def in_rows(names: Sequence[str], arguments: Sequence[Any]) -> list[Any]:
+    """The arguments of a node, what its epilogue reads made contiguous: another layer's output may be a view of a merged one."""
+    return [
+        a.contiguous() if n in ("factor", "residual") and isinstance(a, torch.Tensor) else a
+        for n, a in zip(names, arguments, strict=False)
+    ]
 
 
 def kernel(op: str) -> Any:

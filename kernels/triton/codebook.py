@@ -17,13 +17,10 @@ from triton.language.extra import libdevice
 @triton.jit
 def loaded(table_ptr, TYPE: tl.constexpr):
     """The words of a table in TYPE out of (2 types, 2 bytes, 4 quarters) int32, low bytes and high bytes; None where there is none."""
-    if table_ptr is None:
-        return None
-    else:
-        at = table_ptr + (0 if tl.float16 == TYPE else 8)
-        low = (tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3))
-        high = (tl.load(at + 4), tl.load(at + 5), tl.load(at + 6), tl.load(at + 7))
-        return low, high
+    at = table_ptr + (0 if tl.float16 == TYPE else 8)
+    low = (tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3))
+    high = (tl.load(at + 4), tl.load(at + 5), tl.load(at + 6), tl.load(at + 7))
+    return low, high
 
 
 @triton.jit

@@ -163,7 +163,8 @@ def weights(
     says whether zero points lie between codes: the whole part is subtracted exactly, then the rest with one rounding.
     Else value of the table * scale; `table` as codebook.py's `loaded` gives it.
     """
-    if FORMAT == "" and through_float32(BITS, TYPE):
+    WIDE: tl.constexpr = FORMAT == "" and BITS == 8 and tl.bfloat16 == TYPE
+    if WIDE:
         v = tl.join(tl.join(_byte(q, 0), _byte(q, 8)), tl.join(_byte(q, 16), _byte(q, 24)))  # ... word, r, e
         v = tl.reshape(v, (q.shape[0], q.shape[1], q.shape[2], 8, 4, 2, 2, 2, 2))
         if zero is None:

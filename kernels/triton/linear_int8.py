@@ -81,10 +81,10 @@ def product(
         sums = total if GROUP == 0 else tl.zeros((BN, BM), tl.int32)
         if BITS == 4:
             x_high = tl.load(codes + 32, known, 0)
-            sums = tl.dot(low(w, PTX), x.T, sums)
-            sums = tl.dot(high(w), x_high.T, sums)
+            sums = tl.dot(low(w, PTX), x.T, sums, out_dtype=tl.int32)
+            sums = tl.dot(high(w), x_high.T, sums, out_dtype=tl.int32)
         else:
-            sums = tl.dot(w, x.T, sums)
+            sums = tl.dot(w, x.T, sums, out_dtype=tl.int32)
         if GROUP == 0:
             total = sums
         else:

@@ -204,7 +204,7 @@ def gemm(
     for step in range(part * part_steps, min(part * part_steps + part_steps, wide // BLOCK_K)):
         for d in tl.static_range(DOTS):  # pyright: ignore[reportGeneralTypeIssues]
             at = step * BLOCK_K + d * WIDTH
-            total = tl.dot(tl.load(left + at), tl.load(right + at), total)
+            total = tl.dot(tl.load(left + at), tl.load(right + at), total, out_dtype=tl.int32)
     y = total.to(tl.float32) * tl.load(step_ptr + token)[None, :]
 
     if THICK and not EXACT and part == 0:

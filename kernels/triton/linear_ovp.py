@@ -95,8 +95,8 @@ def gemm(
             left, right = pairs.values(byte, FORM, GPU)
         if kind != tl.int8:
             left, right = left.to(tl.float32).to(kind), right.to(tl.float32).to(kind)
-        y = tl.dot(left, tl.load(x + step * BLOCK_K), y, input_precision="tf32")
-        y = tl.dot(right, tl.load(x + half + step * BLOCK_K), y, input_precision="tf32")
+        y = tl.dot(left, tl.load(x + step * BLOCK_K), y, input_precision="tf32", out_dtype=y.dtype)
+        y = tl.dot(right, tl.load(x + half + step * BLOCK_K), y, input_precision="tf32", out_dtype=y.dtype)
     z = y.to(tl.float32) * tl.load(scale_ptr + output)[:, None]
     if SPLIT:
         at = (part * rows + row).to(tl.int64)[None, :] * columns + column[:, None]

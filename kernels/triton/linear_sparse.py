@@ -106,10 +106,18 @@ def added(total, first, second, positions, x, SET: tl.constexpr, WIDTH: tl.const
     w_1 = (((first & ~m_0) | (second & m_0)) & m_1) | (FILL & ~m_1)
     w_2 = (((second & ~m_3) | (first & m_3)) & m_2) | (FILL & ~m_2)
     w_3 = (second & m_3) | (FILL & ~m_3)
-    total = tl.dot(unpacked(w_0, TYPE, WIDTH, FILL), x_0.reshape(BM, K).T, total, input_precision="tf32")
-    total = tl.dot(unpacked(w_1, TYPE, WIDTH, FILL), x_1.reshape(BM, K).T, total, input_precision="tf32")
-    total = tl.dot(unpacked(w_2, TYPE, WIDTH, FILL), x_2.reshape(BM, K).T, total, input_precision="tf32")
-    total = tl.dot(unpacked(w_3, TYPE, WIDTH, FILL), x_3.reshape(BM, K).T, total, input_precision="tf32")
+    total = tl.dot(
+        unpacked(w_0, TYPE, WIDTH, FILL), x_0.reshape(BM, K).T, total, input_precision="tf32", out_dtype=total.dtype
+    )
+    total = tl.dot(
+        unpacked(w_1, TYPE, WIDTH, FILL), x_1.reshape(BM, K).T, total, input_precision="tf32", out_dtype=total.dtype
+    )
+    total = tl.dot(
+        unpacked(w_2, TYPE, WIDTH, FILL), x_2.reshape(BM, K).T, total, input_precision="tf32", out_dtype=total.dtype
+    )
+    total = tl.dot(
+        unpacked(w_3, TYPE, WIDTH, FILL), x_3.reshape(BM, K).T, total, input_precision="tf32", out_dtype=total.dtype
+    )
     return total
 
 
@@ -221,8 +229,8 @@ def finish(
     BN: tl.constexpr,
 ):
     """A tile (BM, BN) of y from the sums of the parts."""
-    token = (tl.program_id(1) * BM + tl.arange(0, BM))[:, None]
-    output = (tl.program_id(0) * BN + tl.arange(0, BN))[None, :]
+    token = (tl.program_id(0) * BM + tl.arange(0, BM))[:, None]
+    output = (tl.program_id(1) * BN + tl.arange(0, BN))[None, :]
     inside = (token < rows) & (output < outs)
     total = tl.load(parts_ptr + token.to(tl.int64) * outs + output, inside, 0)
     for part in tl.static_range(1, SPLIT):  # pyright: ignore[reportGeneralTypeIssues]
@@ -308,7 +316,7 @@ def _finish(
     split, m, n = parts.shape
     c = FINISH.constants
     launch(
-        finish, (triton.cdiv(n, c["BN"]), triton.cdiv(m, c["BM"])), FINISH,
+        finish, (triton.cdiv(m, c["BM"]), triton.cdiv(n, c["BN"])), FINISH,
         parts, scale, step, y, bias, factor, residual, m, n, SPLIT=split, ACTIVATION=activation, **c,
     )  # fmt: skip
 

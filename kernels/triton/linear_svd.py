@@ -175,10 +175,10 @@ def gemm(
             if offset_ptr is not None:
                 start += tl.load(offset_ptr + group * columns + output)[:, None]
             if BITS == 4:
-                total = tl.dot(nibbles.low(weight, GPU), x, start)
-                total = tl.dot(nibbles.high(weight, GPU), tl.load(right + HALF), total)
+                total = tl.dot(nibbles.low(weight, GPU), x, start, out_dtype=tl.int32)
+                total = tl.dot(nibbles.high(weight, GPU), tl.load(right + HALF), total, out_dtype=tl.int32)
             else:
-                total = tl.dot(weight, x, start)
+                total = tl.dot(weight, x, start, out_dtype=tl.int32)
             y += scaled(total, scale, GPU) * tl.load(step_ptr + group * rows + token)[None, :]
 
     if SPLIT == 1:

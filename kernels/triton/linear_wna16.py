@@ -99,7 +99,9 @@ def small(
     BLOCK_N: tl.constexpr = 16 * T
     BLOCK_K: tl.constexpr = J * 16 * SQUARES
     TYPE: tl.constexpr = x_ptr.dtype.element_ty
-    table = loaded(table_ptr, TYPE)
+    table = None
+    if table_ptr is not None:
+        table = loaded(table_ptr, TYPE)
     first = tl.program_id(2) * steps
     t = tl.program_id(1) * T + tl.arange(0, T)[:, None, None, None]  # (T, 1, 1, 1)
     s = first * S + tl.arange(0, S)[None, None, :, None]
@@ -192,7 +194,9 @@ def middle(
     BLOCK_N: tl.constexpr = 16 * T
     BLOCK_K: tl.constexpr = J * 16 * SQUARES
     TYPE: tl.constexpr = x_ptr.dtype.element_ty
-    table = loaded(table_ptr, TYPE)
+    table = None
+    if table_ptr is not None:
+        table = loaded(table_ptr, TYPE)
     first = tl.program_id(2) * steps
     t = tl.program_id(1) * T + tl.arange(0, T)[None, None, :, None]  # (1, 1, T, 1)
     kt = first * J + tl.arange(0, J)[None, :, None, None]  # (1, J, 1, 1)
@@ -286,7 +290,9 @@ def dequantize(
     if zero_ptr is not None:
         zero = by_group(_group_words(zero_ptr, t5, kt5, tiles, groups, inside, GROUP, BITS), SQUARES)
     scale = by_group(_group_words(scale_ptr, t5, kt5, tiles, groups, inside, GROUP, BITS), SQUARES)
-    table = loaded(table_ptr, EXACT)
+    table = None
+    if table_ptr is not None:
+        table = loaded(table_ptr, EXACT)
     w = weights(tl.reshape(q, (1, J, T, 8, 4, 4)), mask, None, zero, table, FORMAT, FRACTION, BITS, EXACT, GPU)
     w = w.to(tl.float32) * again(scale, 2)  # pyright: ignore[reportArgumentType]
     w = tl.permute(tl.reshape(w, (J, T, 8, 4, SQUARES, 2, 2, 2)), (1, 6, 2, 0, 4, 5, 3, 7))  # T r g, J square h c e

@@ -31,8 +31,8 @@ def reduce(
     BLOCK_N: tl.constexpr,
 ):
     """The epilogue of the parts' sum into y, a tile (BLOCK_M, BLOCK_N)."""
-    row = (tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
-    column = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
+    row = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
+    column = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
     inside = (row < rows) & (column < columns)
     z = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for part in tl.static_range(SPLIT):  # pyright: ignore[reportGeneralTypeIssues]
@@ -51,7 +51,7 @@ def finish(
     """Write y (rows, columns) from parts (SPLIT, rows, columns) float32."""
     rows, columns = y.shape
     block = REDUCE.constants
-    grid = (triton.cdiv(columns, block["BLOCK_N"]), triton.cdiv(rows, block["BLOCK_M"]))
+    grid = (triton.cdiv(rows, block["BLOCK_M"]), triton.cdiv(columns, block["BLOCK_N"]))
     launch(
         reduce, grid, REDUCE, parts, y, bias, factor, residual, rows, columns,
         SPLIT=parts.shape[0], ACTIVATION=activation, **block,

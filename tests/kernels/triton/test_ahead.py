@@ -105,6 +105,17 @@ def test_every_gpu_op_has_its_kernel_and_its_node():
         assert schema.arguments[0].name == "x", name
 
 
+def test_views_in_the_epilogue_become_rows():
+    """Kernels read factor and residual as (rows, out); a graph may hand over a part of a wider tensor, or a transposed one."""
+    wide = torch.randn(4, 6, 32)
+    names = [a.name for a in torch.ops.planish.gpu_linear_wna16.default._schema.arguments]
+    given = [{"x": wide, "factor": wide[..., :16], "residual": wide.transpose(0, 1)}.get(n) for n in names]
+    made = dict(zip(names, op.in_rows(names, given), strict=True))
+    assert made["x"] is wide and made["codes"] is None
+    for name in ("factor", "residual"):
+        assert made[name].is_contiguous() and torch.equal(made[name], given[names.index(name)])
+
+
 def test_shipped_tables_name_what_the_ops_would_try():
     for path in config.TABLES.glob("*.json"):
         content = json.loads(path.read_text())
