@@ -34,6 +34,7 @@ elsewhere, where two rows of warps share the tile and Triton passes 16-bit weigh
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -419,6 +420,29 @@ def _after(tiles: int, bits: int, group: int, block_m: int) -> bool:
     return group % (tiles * 256 // bits) == 0 and block_m <= 64
 
 
+def shared_bytes(core: Core, form: str, constants: Mapping[str, int], bits: int, group: int, stages: int) -> int:
+    """Bytes of shared memory that a block of `small` or `middle` takes with zero points; without them it takes less.
+
+    As Triton 3.7 to 3.9 allocate. Triton 3.6 also passes W in 16 bits through it where wgmma or `small` could take registers;
+    that is not counted, for pyproject.toml asks for 3.7.
+    """
+    c, s, wide = constants, constants.get("S", 1), 256 // bits
+    steps = s * c["J"]
+    codes, x = steps * c["T"] * 512, steps * wide * c["BLOCK_M"] * 2
+    zeros = c["J"] * max(1, wide // group)  # words of eight rows, as many scales but where they follow the sum
+    scales = 1 if _after(c["J"], bits, group, c["BLOCK_M"]) else zeros
+    ahead = (stages - 1) * (codes + x + s * c["T"] * (zeros + scales) * 128)
+    if form == "small":
+        return ahead
+    return ahead + (x if core.warp_groups else steps * c["T"] * 32 * wide)  # wgmma reads x there; else W passes through
+
+
+def _deepest(core: Core, form: str, constants: Mapping[str, int], bits: int, group: int, most: int, budget: int) -> int:
+    """The most stages, 2 to `most`, that fit a budget of shared memory; 0 where none do."""
+    fit = (s for s in range(most, 1, -1) if shared_bytes(core, form, constants, bits, group, s) <= budget)
+    return next(fit, 0)
+
+
 DEQUANTIZE = Config("dequantize", {"T": 4, "J": 2}, 4, 1)
 """the third form"""
 FUSED = 1024
@@ -449,19 +473,14 @@ def default(core: Core, m: int, n: int, k: int, bits: int = 4, group: int = 128)
         )  # then two blocks share a multiprocessor: one loads as the other ends
         j = step if tiles >= 8 * step * 4 and not waves else 1
         blocks, steps, warps = triton.cdiv(rows, t), triton.cdiv(tiles, 8 * j), 8
-        words = 1 if _after(j, bits, group, block_m) else j * max(1, 256 // bits // group)
-        stage = 8 * (
-            j * (t * 512 + 256 // bits * block_m * 2) + 2 * t * words * 128
-        )  # bytes of codes, x, scales and zero points
         constants = {"S": 8, "T": t, "J": j, "BLOCK_M": block_m}
-        form, deepest, budget = "small", 6, core.shared_bytes // (2 if waves else 1)
+        form, deepest, budget = "small", 6, core.shared_bytes // 2 * 19 // 20 if waves else core.shared_bytes
     else:
         block_m = max(32, min(128, triton.next_power_of_2(m)))
         t, warps = (8, 8) if m > 256 else (4, 4)
         j = max(1, (step if block_m <= 64 else 1) * (bits // 4))  # 64 or 128 inputs
         j = j if block_m > 64 or group % (j * 256 // bits) == 0 else 1
         blocks, steps = triton.cdiv(rows, t) * triton.cdiv(m, block_m), triton.cdiv(tiles, j)
-        stage = j * (t * 512 + 256 // bits * block_m * 2)
         constants = {"T": t, "J": j, "BLOCK_M": block_m}
         form, deepest, budget = "middle", 4, core.shared_bytes
     parts = 1
@@ -471,10 +490,7 @@ def default(core: Core, m: int, n: int, k: int, bits: int = 4, group: int = 128)
         and steps >= 4 * parts
     ):
         parts *= 2
-    buffers = budget * 19 // 20 // stage
-    stages = max(
-        2, min(deepest, buffers + 1 if form == "small" else buffers)
-    )  # wgmma reads x where it lies: one buffer more
+    stages = _deepest(core, form, constants, bits, group, deepest, budget) or 2
     return Config(form, {**constants, "PARTS": parts}, warps, stages)
 
 
@@ -488,12 +504,15 @@ def candidates(core: Core, m: int, n: int, k: int, bits: int = 4, group: int = 1
             for t in (1, 2, 4):
                 for j in (1, 2, 4) if bits > 2 else (1, 2):
                     blocks = triton.cdiv(rows, t)
-                    stage = s * j * (t * 512 + wide * block_m * 2)
+                    constants = {"S": s, "T": t, "J": j, "BLOCK_M": block_m}
+                    stages = 0
+                    for most, share in ((6, 2), (3, 1)):  # two blocks a multiprocessor, else one
+                        stages = stages or _deepest(
+                            core, "small", constants, bits, group, most, core.shared_bytes // share
+                        )
                     for parts in (1, 2) if blocks < core.multiprocessors else (1,):
-                        stages = min(6, core.shared_bytes // 2 // stage) or min(3, core.shared_bytes // stage)
-                        if s * j * parts <= tiles and stages >= 2 and t * j * block_m <= 64:
-                            constants = {"S": s, "T": t, "J": j, "BLOCK_M": block_m, "PARTS": parts}
-                            found.append(Config("small", constants, s, stages))
+                        if s * j * parts <= tiles and stages and t * j * block_m <= 64:
+                            found.append(Config("small", {**constants, "PARTS": parts}, s, stages))
     if m > 8:
         for block_m in (16, 32, 64, 128, 256):
             if block_m > 2 * m or 16 * block_m < min(m, 2048):
@@ -504,11 +523,11 @@ def candidates(core: Core, m: int, n: int, k: int, bits: int = 4, group: int = 1
                     if block_m * t > 128 * warps * 2:
                         continue
                     blocks = triton.cdiv(rows, t) * triton.cdiv(m, block_m)
+                    constants = {"T": t, "J": j, "BLOCK_M": block_m}
+                    stages = _deepest(core, "middle", constants, bits, group, 4, core.shared_bytes)
                     for parts in (1, 2, 4, 8) if blocks < core.multiprocessors else (1,):
-                        stages = min(4, core.shared_bytes // (j * (t * 512 + wide * block_m * 2)))
-                        if stages >= 2 and blocks * parts <= 4 * core.multiprocessors:
-                            constants = {"T": t, "J": j, "BLOCK_M": block_m, "PARTS": parts}
-                            found.append(Config("middle", constants, warps, stages))
+                        if stages and blocks * parts <= 4 * core.multiprocessors:
+                            found.append(Config("middle", {**constants, "PARTS": parts}, warps, stages))
     if m > 128:
         found.append(DEQUANTIZE)
     unique = [c for i, c in enumerate(found) if c not in found[:i]]

@@ -11,6 +11,7 @@ from planish.kernels.gpu.core import CORES
 from planish.kernels.gpu.op import Layer
 
 triton_op = pytest.importorskip("planish.kernels.triton.linear_wna16", reason="needs triton")
+from planish.kernels.triton import ahead  # noqa: E402
 from planish.kernels.triton.config import Config  # noqa: E402
 
 HOPPER = CORES["sm_90"]
@@ -217,8 +218,29 @@ def test_defaults_and_candidates_fit_the_core(core):
             chosen = triton_op.default(core, m, n, k, bits, group)
             assert chosen.form in ("small", "middle", "dequantize") and chosen.stages >= 1
             assert chosen.warps % 4 == 0 and chosen.constants.get("PARTS", 1) <= 16
-        tried = triton_op.candidates(core, m, n, k)
-        assert 1 <= len(tried) <= 40 and chosen is not None
+            tried = triton_op.candidates(core, m, n, k, bits, group)
+            assert 1 <= len(tried) <= 40
+            for c in (chosen, *tried):
+                if c.form != "dequantize":
+                    taken = triton_op.shared_bytes(core, c.form, c.constants, bits, group, c.stages)
+                    assert taken <= core.shared_bytes, c
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("core", CORES.values(), ids=CORES)
+def test_the_compiler_takes_the_shared_memory_that_is_planned(core):
+    shapes = [(m, bits, group) for m in (1, 64) for bits, group in ((4, 128), (2, 32))]
+    configs = [triton_op.default(core, m, 4096, 4096, bits, group) for m, bits, group in shapes]
+    planned = [
+        triton_op.shared_bytes(core, c.form, c.constants, bits, group, c.stages)
+        for c, (_, bits, group) in zip(configs, shapes, strict=True)
+    ]
+    variants = [
+        triton_op.variant(core, c, f"w{bits}, {m} tokens", bits, group, fraction=True)
+        for c, (m, bits, group) in zip(configs, shapes, strict=True)
+    ]
+    for made, plan, (m, bits, _) in zip(ahead.compile_all(variants, core.name), planned, shapes, strict=True):
+        assert plan * 0.9 <= made.shared_bytes <= plan, (bits, m)
 
 
 def test_a_program_for_another_runtime_holds_no_product_of_torch():
