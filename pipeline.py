@@ -79,7 +79,7 @@ def compress(
     test_data: str | None = None,
     weights: Path | None = None,
     recipe: str | None = None,
-    output: Path | None = None,
+    output: Path | str | None = None,
     inputs: Mapping[str, Input] | None = None,
     length: int | None = None,
     seed: int = 0,
@@ -94,6 +94,7 @@ def compress(
     Returns the keys of `planish compress --json`. Raises PlanishError, having written nothing, for input that does not fit.
     """
     started = time.perf_counter()
+    output = None if output is None else Path(output)
     if output is not None:
         files.check_output(output, force)
         _keep_source(model, output)
@@ -175,7 +176,7 @@ def export(
     *,
     target: str = "host",
     format: str | None = None,
-    output: Path,
+    output: Path | str,
     data: str | None = None,
     weights: Path | None = None,
     inputs: Mapping[str, Input] | None = None,
@@ -188,6 +189,7 @@ def export(
     `budget`, e.g. 'flash=256K,ram=64K,latency=20ms', is for microcontrollers: weights are narrowed and first stages cut into patches
     until the network keeps it. `package` adds the sources of format c as an 'arduino' library or a 'zephyr' module. Returns the keys of `planish export --json`. Raises PlanishError, having written nothing.
     """
+    output = Path(output)
     files.check_output(output, force)
     _keep_source(model, output)
     device = targets.load(target)

@@ -189,7 +189,9 @@ def weights(graph: torch.fx.GraphModule) -> dict[str, int]:
     """Learned numbers by tensor name: of parameters, and after quantization of the buffers that hold their codes, several to a byte."""
     found = {n: p.numel() for n, p in graph.named_parameters()}
     packed = _bits(graph)
-    found |= {n: b.numel() * 8 // packed.get(n, 8) for n, b in graph.named_buffers() if n.endswith("_codes")}
+    found |= {
+        n: b.numel() * 8 // packed.get(n, 8) for n, b in graph.named_buffers() if n.endswith(("_codes", "_values"))
+    }
     return found
 
 

@@ -38,6 +38,10 @@ class C(Format):
 
     def write(self, source: Source, target: Target, folder: Path) -> Written:
         """Write the project; link firmware.elf when the target is a microcontroller and ziglang is installed."""
+        if target.kind == "gpu":
+            raise PlanishError(
+                f"format 'c' is for microcontrollers and CPUs; target '{target.name}' is a GPU, which takes pt2, tvm, onnx or onnx_tensorrt"
+            )
         graph = source.graph or qdq.read(source.onnx)
         answers = graph.reference(source.golden_inputs)
         warnings: list[str] = []

@@ -168,6 +168,9 @@ def _with_norm(model: Model, y: Node, node: Node) -> bool:
         layers.set_argument(node, name, given[name])
     layers.set_argument(node, "keep", bool(others))
     moved = [u for u in norm.users if u is not y and u.users]
+    for constant in [n for n in node.all_input_nodes if n.op == "get_attr"]:
+        norm.prepend(constant)
+    norm.append(node)  # before everything that reads the norm
     with graph.inserting_after(node):
         for old, index in [(y, Y)] * bool(others) + [(u, SUM) for u in moved]:
             made = graph.call_function(operator.getitem, (node, index))

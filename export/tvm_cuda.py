@@ -96,8 +96,8 @@ def write(source: Source, target: Target, folder: Path) -> Written:
         )
     if compiled.rewritten.layers:
         warnings.append(
-            "statically quantized layers are computed in whole numbers carried in float32, without the GPU's integer units; formats pt2 and "
-            "onnx use them"
+            "statically quantized layers are computed in whole numbers carried in float32, without the GPU's integer units; "
+            "format onnx uses them"
         )
     floats = [k for k, what in compiled.scheduled.items() if what == "product"]
     if floats:

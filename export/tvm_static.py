@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
+from ml_dtypes import bfloat16
 from onnx import TypeProto, defs, helper, numpy_helper, shape_inference
+from onnx.reference import ReferenceEvaluator
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from . import fold, fused
@@ -87,6 +89,8 @@ class _Static:
         import onnxruntime as ort
 
         values = {n: self.constants[n] for n in node.input if n}
+        if any(v.dtype == bfloat16 for v in values.values()):  # a type that ONNX Runtime takes from no array
+            return self._evaluate_bfloat16(node, values)
         inputs = [helper.make_value_info(n, self.types[n]) for n in values]
         outputs = [helper.make_empty_tensor_value_info(n) for n in node.output if n]
         graph = helper.make_graph([node], "constant", inputs, outputs)
@@ -97,6 +101,15 @@ class _Static:
         session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
         names = [o.name for o in outputs]
         return dict(zip(names, map(np.asarray, session.run(names, values)), strict=True))
+
+    def _evaluate_bfloat16(self, node: onnx.NodeProto, values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The same by ONNX's reference."""
+        inputs = [helper.make_value_info(n, self.types[n]) for n in values]
+        outputs = [helper.make_empty_tensor_value_info(n) for n in node.output if n]
+        graph = helper.make_graph([node], "constant", inputs, outputs)
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", self.opset)])
+        found = ReferenceEvaluator(model).run(None, values)
+        return dict(zip([o.name for o in outputs], map(np.asarray, found), strict=True))
 
     def _constant(self, name: str, value: np.ndarray) -> None:
         self.constants[name] = value

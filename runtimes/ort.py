@@ -11,6 +11,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from ..common.progress import say
 from ..export.artifact import Artifact
 from ..export.ort_session import create, feeds, run
 from .measure import latency, machine, peak_memory
@@ -25,7 +26,9 @@ class Ort(Runtime):
     formats: ClassVar[tuple[str, ...]] = ("onnx", "onnx_standard", "onnx_tensorrt")
 
     def open(self, artifact: Artifact, threads: int) -> OrtSession:
-        """Load model.onnx."""
+        """Load model.onnx; says so where it was made for another kind of device than this one."""
+        if artifact.target.startswith("cuda"):
+            say(f"ONNX Runtime's CPU provider runs this artifact here; it was made for '{artifact.target}'")
         return OrtSession(artifact, threads)
 
 

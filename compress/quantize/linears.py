@@ -325,7 +325,8 @@ def replace(module: GraphModule, item: Linear, replacement: Replacement) -> Entr
     schema = getattr(torch.ops.planish, replacement.op).default._schema
     after = 0
     with graph.inserting_before(node):
-        given: dict[str, Any] = {schema.arguments[0].name: item.source, **replacement.attributes}
+        # not `item.source`, which may be a layer that was replaced before this one
+        given: dict[str, Any] = {schema.arguments[0].name: node.args[0], **replacement.attributes}
         for name, value in replacement.tensors.items():
             given[name] = layers.add_buffer(module, f"{weight}_{name}", value)
             after += value.numel() * value.element_size()

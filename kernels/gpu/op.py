@@ -125,7 +125,7 @@ def kernel(op: str) -> Any:
     try:
         importlib.import_module("triton")
     except ImportError as error:
-        raise missing_extra("triton", "gpu", "running on a GPU") from error
+        raise missing_extra("triton", "gpu", "running GPU kernels, or compiling them,") from error
     return importlib.import_module(f"..triton.{op}", __package__)
 
 

@@ -13,6 +13,7 @@ from planish.compress.model import predict, trace
 from planish.compress.passes import Context
 from planish.compress.quantize.dynamic import Dynamic
 from planish.compress.quantize.kv_cache import KvCache
+from planish.compress.quantize.rotate import Rotate
 from planish.compress.quantize.rtn import RoundToNearest
 from planish.export import gpu as gpu_program
 from planish.export import gpu_precision, lowering, metadata
@@ -268,3 +269,34 @@ def test_a_program_needs_no_onnx_file(exported, decoder, monkeypatch, tmp_path):
     folder, _ = exported
     made = pipeline.export(str(folder / "small"), target="cuda-sm90", output=tmp_path / "again")
     assert made["format"] == "pt2"
+
+
+class Chain(nn.Module):
+    """A norm whose result two layers and a sum read, and linear layers right behind each other."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(64, 32), nn.Linear(32, 64), nn.Linear(64, 64)
+        self.norm, self.side = nn.LayerNorm(64), nn.Linear(64, 64)
+
+    def forward(self, x):
+        """(n, 64) -> (n, 64)."""
+        y = self.norm(F.gelu(self.third(self.second(self.first(x)))))
+        return self.side(y.tanh()) + self.third(y) + y
+
+
+@pytest.mark.parametrize(
+    "steps", [[RoundToNearest(bits=4, group=32)], [Dynamic()], [Rotate(residual=False), Dynamic()]]
+)
+def test_layers_without_anything_between_and_norms_with_many_readers(steps):
+    torch.manual_seed(0)
+    x = torch.randn(4, 64)
+    model = applied(trace(Chain(), {"x": x}, "chain"), *steps)
+    made = gpu_program.rewrite(model, HOPPER)
+    assert apart(model, made.model, {"x": x.numpy()}) < 0.1
+
+
+def test_c_is_not_for_a_gpu(exported, tmp_path):
+    with pytest.raises(PlanishError, match="target 'cuda-sm90' is a GPU, which takes pt2, tvm, onnx or onnx_tensorrt"):
+        pipeline.export(str(exported[0] / "small"), target="cuda-sm90", format="c", output=str(tmp_path / "c"))
+    assert not list(tmp_path.iterdir())

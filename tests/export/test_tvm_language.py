@@ -1,10 +1,13 @@
 """Language models through the format `tvm`: a decoder and a Mamba with low-bit linears, answers, layers and what is said of sizes."""
 
 import numpy as np
+import onnx
 import pytest
 import torch
+from ml_dtypes import bfloat16
 from planish import pipeline
 from planish.compress import load as loading
+from planish.export import tvm_static
 
 tvm = pytest.importorskip("tvm", reason="apache-tvm is not installed")
 pytest.importorskip("ziglang", reason="ziglang is not installed")
@@ -55,3 +58,20 @@ def test_a_model_answers_as_its_program_and_its_layers_are_named(kind, recipe, t
     named = {r["name"] for r in profile["layers"]}
     assert linears(kind, 2) <= named
     assert sum(r["op"] == "selective_scan" for r in profile["layers"]) == (2 if kind == "mamba" else 0)
+
+
+def test_constants_in_bfloat16_are_evaluated():
+    """A checkpoint in bfloat16 is one whose weights are cast when they are read; ONNX Runtime takes no such array."""
+    stored = onnx.numpy_helper.from_array(np.arange(6, dtype=np.float32).reshape(2, 3).astype(bfloat16), "stored")
+    nodes = [
+        onnx.helper.make_node("Transpose", ["stored"], ["turned"], perm=[1, 0]),
+        onnx.helper.make_node("Cast", ["turned"], ["weight"], to=onnx.TensorProto.FLOAT),
+        onnx.helper.make_node("MatMul", ["x", "weight"], ["y"]),
+    ]
+    x, y = (onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, s) for n, s in (("x", [1, 3]), ("y", [1, 2])))
+    opset = [onnx.helper.make_opsetid("", 21)]
+    model = onnx.helper.make_model(onnx.helper.make_graph(nodes, "g", [x], [y], [stored]), opset_imports=opset)
+    made = tvm_static.static(model)
+    assert [n.op_type for n in made.graph.node] == ["MatMul"]
+    weight = next(i for i in made.graph.initializer if i.name == made.graph.node[0].input[1])
+    assert np.array_equal(onnx.numpy_helper.to_array(weight), [[0, 3], [1, 4], [2, 5]])
