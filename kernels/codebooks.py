@@ -150,7 +150,7 @@ def _runs(count: int, group: int) -> Iterator[slice]:
 
 def _values(codes: torch.Tensor, blocks: torch.Tensor, name: str, group: int) -> torch.Tensor:
     """(2 n,) float32 of bytes (n,) and the scales of their blocks; the last block may be short."""
-    values = table(name).index_select(0, unpack(codes, high_first(name)).int())
+    values = table(name).to(codes.device).index_select(0, unpack(codes, high_first(name)).int())
     whole = len(values) // group
     values[: whole * group].view(whole, group).mul_(blocks[:whole, None])
     if whole * group < len(values):
@@ -164,7 +164,7 @@ def block_scales(
     """The float32 scale of each block, in the shape of `scale`."""
     if scale.dtype == torch.float32:
         return scale
-    first = scale_table(name)[scale.long()]
+    first = scale_table(name).to(scale.device)[scale.long()]
     if second_scale is None:
         return first
     if offset is None:

@@ -146,13 +146,19 @@ def _sylvester(n: int) -> torch.Tensor:
     return matrix
 
 
+@functools.cache
+def _scaled(base: int, block: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """(base, base) of the base's matrix, the whole scale in it; kept on the device, for a copy to it cannot be part of a CUDA graph."""
+    return (_base(base) / math.sqrt(block)).to(device, dtype)
+
+
 def hadamard(x: torch.Tensor, signs: torch.Tensor | None, block: int, transposed: bool) -> torch.Tensor:
     """The product, of the shape and type of x (..., n): the definition, by sums and differences for the power of two."""
     base = _base_order(block)
     if base is None or x.shape[-1] % block:
         raise ValueError(f"no Hadamard matrix of order {block} for {x.shape[-1]} channels")
     value = x if signs is None or transposed else x * signs.to(x.dtype)
-    matrix = (_base(base) / math.sqrt(block)).to(x.dtype)  # (base, base)
+    matrix = _scaled(base, block, x.dtype, x.device)
     value = value.reshape(-1, block // base, base) @ (matrix.T if transposed else matrix)
     half = 1
     while half < block // base:

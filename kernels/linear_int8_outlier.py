@@ -66,7 +66,7 @@ def linear_int8_outlier(
     rows = x.reshape(-1, x.shape[-1])  # (rows, in)
     size = rows.abs()
     hot = size >= threshold  # (rows, in)
-    stored = torch.zeros(x.shape[-1], dtype=torch.bool)  # (in,)
+    stored = torch.zeros(x.shape[-1], dtype=torch.bool, device=x.device)  # (in,)
     if columns is not None:
         stored[columns] = True
     outlier = hot.any(0) if dynamic else stored  # (in,)
@@ -78,8 +78,8 @@ def linear_int8_outlier(
     chosen = outlier.nonzero().flatten()  # (k,)
     thick = codes[:, chosen].float() * scale[:, None]  # (out, k)
     if outlier_weight is not None and columns is not None:
-        place = torch.zeros(x.shape[-1], dtype=torch.int64)
-        place[columns] = torch.arange(len(columns))
+        place = torch.zeros(x.shape[-1], dtype=torch.int64, device=x.device)
+        place[columns] = torch.arange(len(columns), device=x.device)
         exact = outlier_weight.float()[:, place[chosen]] if len(columns) else thick
         thick = torch.where(stored[chosen], exact, thick)
     y = y + rows[:, chosen] @ thick.T
