@@ -21,12 +21,6 @@ from .codebook import pairs
 
 
 @triton.jit
-def through_float32(BITS: tl.constexpr, TYPE: tl.constexpr):
-    """Whether codes are made in float32."""
-    return BITS == 8 and tl.bfloat16 == TYPE
-
-
-@triton.jit
 def low(word, TYPE: tl.constexpr):
     """The float in the low half of a word."""
     return word.to(tl.int16).to(TYPE, bitcast=True)
@@ -163,6 +157,7 @@ def weights(
     says whether zero points lie between codes: the whole part is subtracted exactly, then the rest with one rounding.
     Else value of the table * scale; `table` as codebook.py's `loaded` gives it.
     """
+    # bfloat16 cannot hold 8 bits behind its hidden one: codes are made in float32
     WIDE: tl.constexpr = FORMAT == "" and BITS == 8 and tl.bfloat16 == TYPE
     if WIDE:
         v = tl.join(tl.join(_byte(q, 0), _byte(q, 8)), tl.join(_byte(q, 16), _byte(q, 24)))  # ... word, r, e
