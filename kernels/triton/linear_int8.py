@@ -24,29 +24,13 @@ import triton.language as tl
 
 from ..gpu.core import Core
 from ..gpu.linear_dynamic import DTYPES
-from . import epilogue, split_k, tiles
+from . import epilogue, nibbles, split_k, tiles
 from .ahead import Variant
 from .config import Config, core_of, launch, on_gpu, tuned
 from .tiles import Operands
 
 SCALED = 48
 """sums of a group that a multiprocessor scales in a clock, beside its tensor cores"""
-
-
-@triton.jit
-def high(w):
-    """16 times the 4-bit values in the high halves of the bytes w, as int8."""
-    return (w & 0xF0).to(tl.int8, bitcast=True)
-
-
-@triton.jit
-def low(w, PTX: tl.constexpr):
-    """The same of the low halves. With PTX, for a GPU, four bytes at a time, which the compiler does not see in a shift by itself."""
-    if PTX:
-        return tl.inline_asm_elementwise(
-            "{ .reg .b32 t; shl.b32 t, $1, 4; and.b32 $0, t, 0xF0F0F0F0; }", "=r,r", [w], tl.int8, True, 4
-        )
-    return (w << 4).to(tl.int8, bitcast=True)
 
 
 @triton.jit
@@ -81,8 +65,9 @@ def product(
         sums = total if GROUP == 0 else tl.zeros((BN, BM), tl.int32)
         if BITS == 4:
             x_high = tl.load(codes + 32, known, 0)
-            sums = tl.dot(low(w, PTX), x.T, sums, out_dtype=tl.int32)
-            sums = tl.dot(high(w), x_high.T, sums, out_dtype=tl.int32)
+            w = w.to(tl.int8, bitcast=True)
+            sums = tl.dot(nibbles.low(w, PTX), x.T, sums, out_dtype=tl.int32)
+            sums = tl.dot(nibbles.high(w, PTX), x_high.T, sums, out_dtype=tl.int32)
         else:
             sums = tl.dot(w, x.T, sums, out_dtype=tl.int32)
         if GROUP == 0:
